@@ -1,0 +1,52 @@
+"""`regmix-fast status`: how far a study is."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+
+@click.command()
+@click.argument("study", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print the state as JSON.")
+def command(study: str | None, as_json: bool) -> None:
+    """Show how far STUDY is: proxies pending, done and failed, and which parts exist.
+
+    \b
+    Example:  regmix-fast status study
+    """
+    from regmix.data.mixtures import MixtureTable
+    from regmix.study import Study, find_study
+    from regmix.swarm.ledger import Ledger
+
+    opened = Study.open(find_study(study))
+    num_mixtures = len(MixtureTable.read_csv(opened.mixtures_path).indices)
+    counts = {"done": 0, "failed": 0}
+    failures = []
+    if opened.ledger_path.exists():
+        with Ledger(opened.ledger_path) as ledger:
+            for row in ledger.proxies():
+                counts[row.state] = counts.get(row.state, 0) + 1
+                if row.error:
+                    failures.append((row.index, row.error))
+    counts["pending"] = num_mixtures - counts["done"] - counts["failed"]
+    parts = {
+        "fit": (opened.surrogate_path / "fit.json").exists(),
+        "optimum": opened.optimum_path.exists(),
+        "models": sorted(p.parent.name for p in opened.models_path.glob("*/summary.json")),
+        "report": opened.report_path.exists(),
+    }
+    if as_json:
+        click.echo(json.dumps({"proxies": counts, "failures": failures, **parts}))
+        return
+    click.echo(
+        f"{num_mixtures} proxies: {counts['done']} done, {counts['pending']} pending, "
+        f"{counts['failed']} failed"
+    )
+    for index, error in failures:
+        click.echo(f"  proxy {index}: {error}")
+    click.echo(f"fit: {'done' if parts['fit'] else 'not yet'}")
+    click.echo(f"optimum: {'done' if parts['optimum'] else 'not yet'}")
+    click.echo(f"models: {', '.join(parts['models']) or 'none yet'}")
+    click.echo(f"report: {'done' if parts['report'] else 'not yet'}")

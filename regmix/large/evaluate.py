@@ -1,0 +1,81 @@
+"""Loss of a trained model on every validation set, in nats per token and bits per byte.
+
+Enters: a model's folder and a corpus. Leaves: a table by target over whole validation sets.
+Chooses no model and ranks none.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regmix.config import build
+from regmix.data.validation import read_windows
+from regmix.errors import ModelError
+from regmix.files import read_json
+from regmix.model.presets import ModelShape
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from regmix.data.shards import ShardSet
+    from regmix.study import Study
+
+
+def load_model(folder: Path) -> tuple[ModelShape, dict[str, Tensor], dict[str, Any]]:
+    """Return (shape, parameters [1, ...], config) of a model; `ModelError` where damaged."""
+    from regmix.swarm.checkpoint import read_tensors
+
+    if not (folder / "summary.json").is_file():
+        raise ModelError(
+            f"{folder} holds no finished model", cure="Train it with: regmix-fast train"
+        )
+    config = read_json(folder / "config.json")
+    shape = build(ModelShape, config["shape"], where=str(folder / "config.json"))
+    try:
+        parameters, _ = read_tensors(folder / "model.safetensors")
+    except ValueError as error:
+        raise ModelError(str(error), cure="Train the model again, or restore the file") from error
+    return shape, parameters, config
+
+
+def evaluate_model(study: Study, folder: Path) -> dict[str, Any]:
+    """Evaluate a model of the study on all of its targets; returns `evaluation_table`'s table."""
+    from regmix.model.llama import StackedLlama
+    from regmix.swarm.engine import mean_losses
+
+    shape, parameters, config = load_model(folder)
+    shards = study.open_shards()
+    if config["tokenizer"]["hash"] != shards.tokenizer_hash:
+        raise ModelError(
+            f"{folder}: the model was trained with another tokenizer than {shards.path} has",
+            cure="Evaluate it on shards packed with its own tokenizer",
+        )
+    model = StackedLlama(shape)
+    losses = {}
+    for target in study.config.targets:
+        windows = read_windows(shards, target, seq_len=shape.seq_len)
+        losses[target] = float(mean_losses(model, parameters, windows)[0])
+    return evaluation_table(study, shards, losses)
+
+
+def evaluation_table(study: Study, shards: ShardSet, losses: dict[str, float]) -> dict[str, Any]:
+    """Return losses by target [nats/token] with bits per byte, and the study's objective.
+
+    Bits per byte: all nats of the set over ln 2 and its UTF-8 bytes, separators excluded.
+    """
+    targets = {}
+    for target, loss in losses.items():
+        stats = shards.stats("valid", target)
+        num_predictions = stats.tokens - 1
+        targets[target] = {
+            "loss_nats": loss,
+            "bits_per_byte": loss * num_predictions / (math.log(2) * stats.utf8_bytes),
+            "tokens": num_predictions,
+            "utf8_bytes": stats.utf8_bytes,
+        }
+    objective = study.config.objective
+    total = sum(objective.values())
+    mean = sum(weight * losses[target] for target, weight in objective.items()) / total
+    return {"targets": targets, "objective": {"loss_nats": mean}}

@@ -1,0 +1,250 @@
+"""Train the large models of a study: some mixtures, some seeds each.
+
+Enters: a study, the mixtures by name or file, and how to train. Leaves `models/<name>/` for each
+model: `model.safetensors` (parameters [1, ...]), `config.json`, `metrics.jsonl`,
+`evaluation.json` and, last, `summary.json`. Models of one shape are trained as stacks by the
+same engine and executor as the proxies; a model alone is a stack of one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from regmix.config import as_table
+from regmix.data.mixtures import Mixture, read_mixture_yaml
+from regmix.data.sampler import MixtureSampler
+from regmix.data.shards import ShardSet
+from regmix.errors import MixtureError, ModelError, StudyError, nearest
+from regmix.files import read_json, write_json, write_text
+from regmix.large.evaluate import evaluation_table
+from regmix.study import Study, Training, environment_record
+from regmix.swarm.cost import Cost, estimate, refuse_if_too_large
+from regmix.swarm.engine import Member, StackJob
+from regmix.swarm.executors import Done, Event, Failed, LocalExecutor, stack_jobs
+from regmix.swarm.sweep import LARGEST_STACK, Tally, stack_job, study_member
+
+NAMED_MIXTURES = ("optimum", "natural", "uniform")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRequest:
+    """mixtures: name -> weights; replicates: models of each, every one with seeds of its own.
+
+    num_workers and threads: processes and threads of each; stack_size: None to choose.
+    """
+
+    mixtures: dict[str, Mixture]
+    replicates: int
+    training: Training
+    num_workers: int
+    threads: int
+    stack_size: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DomainUse:
+    """What a model reads of one domain: exact sequences, tokens, and epochs over what exists."""
+
+    tokens: int
+    epochs: float
+
+
+def resolve_mixture(study: Study, name: str) -> tuple[str, Mixture]:
+    """Return (name, mixture) for `optimum`, `natural`, `uniform`, or a mixture's YAML file."""
+    config = study.config
+    if name == "natural":
+        return name, Mixture(config.prior)
+    if name == "uniform":
+        return name, Mixture({d: 1 / len(config.train_domains) for d in config.train_domains})
+    if name == "optimum":
+        if not study.optimum_path.is_file():
+            raise StudyError(
+                f"{study.path} has no optimum yet", cure="Find it with: regmix-fast optimize"
+            )
+        return name, read_mixture_yaml(study.optimum_path)
+    path = Path(name)
+    if path.is_file():
+        return path.stem, read_mixture_yaml(path)
+    raise MixtureError(
+        f"no mixture '{name}': neither a file nor one of {', '.join(NAMED_MIXTURES)} "
+        f"({nearest(name, NAMED_MIXTURES)})",
+        cure="Name a mixture or a YAML file",
+    )
+
+
+def plan_domains(shards: ShardSet, mixture: Mixture, training: Training) -> dict[str, DomainUse]:
+    """Return what a run will read of every domain of a mixture, exactly."""
+    sampler = MixtureSampler(
+        shards, mixture, seq_len=training.shape.seq_len, batch_size=training.batch_size
+    )
+    plan = sampler.plan(training.num_steps)
+    return {d: DomainUse(tokens=use.tokens, epochs=use.epochs) for d, use in plan.items()}
+
+
+def run_training(
+    study: Study,
+    request: TrainRequest,
+    *,
+    on_start: Callable[[Cost, Tally], None] = lambda _cost, _tally: None,
+    on_event: Callable[[Event, Tally], None] = lambda _event, _tally: None,
+) -> list[str]:
+    """Train the models that are not trained; return the names of all that were asked for."""
+    shards = study.open_shards()
+    members = [
+        study_member(study, f"{name}-{replicate}", dict(mixture), replicate)
+        for name, mixture in request.mixtures.items()
+        for replicate in range(request.replicates)
+    ]
+    with study.lock() as descriptor:
+        waiting = [m for m in members if not _is_trained(study, m, request.training)]
+        resumed = _unfinished_jobs(study, waiting, request.training)
+        held = {member.name for job in resumed for member in job.members}
+        planned = _plan(study, [m for m in waiting if m.name not in held], request)
+        jobs = resumed + planned
+        if not jobs:
+            return [member.name for member in members]
+        parameters_bytes = 4 * request.training.shape.num_parameters
+        cost = estimate(jobs, shards, num_workers=request.num_workers, kept_bytes=parameters_bytes)
+        refuse_if_too_large(cost, study.path)
+        tally = Tally(jobs)
+        on_start(cost, tally)
+        for job in planned:
+            write_json(Path(job.folder) / "job.json", job.to_table())
+        failures: list[str] = []
+
+        def handle(event: Event) -> None:
+            tally.add(event)
+            if isinstance(event, Done):
+                failures.extend(_collect(study, shards, event))
+            elif isinstance(event, Failed):
+                failures.append(f"{event.what}. {event.cure}")
+            on_event(event, tally)
+
+        LocalExecutor(
+            num_workers=request.num_workers,
+            threads=jobs[0].threads,
+            logs=study.logs_path,
+            inherited=descriptor,
+        ).run(jobs, handle)
+        if failures:
+            raise ModelError(failures[0], cure="See the study's logs/; then run it again")
+    return [member.name for member in members]
+
+
+def _is_trained(study: Study, member: Member, training: Training) -> bool:
+    summary = study.models_path / member.name / "summary.json"
+    if not summary.is_file():
+        return False
+    found = read_json(summary)
+    # Through JSON, so that both sides have the same types.
+    asked = json.loads(json.dumps({"member": as_table(member), "training": as_table(training)}))
+    if found.get("member") == asked["member"] and found.get("training") == asked["training"]:
+        return True
+    raise ModelError(
+        f"{summary.parent} holds a model of other settings (mixture, seeds, shape or tokens)",
+        cure="Move that folder away, or train with the same settings",
+    )
+
+
+def _unfinished_jobs(study: Study, waiting: Sequence[Member], training: Training) -> list[StackJob]:
+    asked = {member.name: member for member in waiting}
+    jobs = []
+    for path in sorted(study.stacks_path.glob("train-*/job.json")):
+        stored = StackJob.from_table(read_json(path))
+        same = all(asked.get(member.name) == member for member in stored.members)
+        if same and stored.training == training:
+            jobs.append(
+                stack_job(study, stored.name, stored.members, stored.training, stored.threads)
+            )
+    return jobs
+
+
+def _plan(study: Study, members: Sequence[Member], request: TrainRequest) -> list[StackJob]:
+    stacks = stack_jobs(
+        members,
+        num_workers=request.num_workers,
+        stack_size=request.stack_size,
+        largest=LARGEST_STACK,
+    )
+    jobs = []
+    for stack in stacks:
+        text = json.dumps([as_table(member) for member in stack] + [as_table(request.training)])
+        name = f"train-{xxhash.xxh3_64_hexdigest(text)}"
+        jobs.append(stack_job(study, name, tuple(stack), request.training, request.threads))
+    return jobs
+
+
+def _collect(study: Study, shards: ShardSet, event: Done) -> list[str]:
+    """Move each model of a trained stack to its folder; return what failed."""
+    folder, training = Path(event.job.folder), event.job.training
+    failures = []
+    for position, member in enumerate(event.job.members):
+        target = study.models_path / member.name
+        target.mkdir(parents=True, exist_ok=True)
+        if (target / "summary.json").is_file():
+            continue
+        if event.result["failed"][position]:
+            failures.append(f"{member.name}: its gradient was not finite, so it was frozen")
+            continue
+        losses = dict(zip(event.job.targets, event.result["losses"][position], strict=True))
+        curve = np.load(folder / f"{member.name}.npy", allow_pickle=False)
+        write_json(target / "config.json", model_config(shards, training))
+        write_json(target / "evaluation.json", evaluation_table(study, shards, losses))
+        write_text(target / "metrics.jsonl", _metrics(curve, training))
+        shutil.copyfile(folder / f"{member.name}.safetensors", target / ".model.tmp")
+        os.replace(target / ".model.tmp", target / "model.safetensors")
+        summary = _summary(shards, member, training, event.result, curve)
+        write_json(target / "summary.json", summary)
+    shutil.rmtree(folder, ignore_errors=True)
+    return failures
+
+
+def model_config(shards: ShardSet, training: Training) -> dict[str, Any]:
+    """Return a model's `config.json`: its shape and its tokenizer."""
+    return {
+        "shape": as_table(training.shape),
+        "tokenizer": {
+            "file": str(shards.tokenizer_path),
+            "hash": shards.tokenizer_hash,
+            "vocab_size": shards.vocab_size,
+        },
+    }
+
+
+def _metrics(curve: np.ndarray, training: Training) -> str:
+    per_step = training.batch_size * training.shape.seq_len
+    lines = [
+        json.dumps({"step": step, "tokens": step * per_step, "loss_nats": float(loss)})
+        for step, loss in enumerate(curve.tolist(), start=1)
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _summary(
+    shards: ShardSet, member: Member, training: Training, result: dict[str, Any], curve: np.ndarray
+) -> dict[str, Any]:
+    mixture_name, _, replicate = member.name.rpartition("-")
+    plan = plan_domains(shards, Mixture(member.weights), training)
+    seconds = result["seconds"]
+    return {
+        "name": member.name,
+        "mixture": mixture_name,
+        "replicate": int(replicate),
+        "member": as_table(member),
+        "training": as_table(training),
+        "tokens": training.tokens,
+        "epochs": {domain: use.epochs for domain, use in plan.items()},
+        "final_train_loss_nats": float(np.mean(curve[-20:])),
+        "stack_seconds": seconds,
+        "stack_tokens_per_second": result["tokens"] / seconds if seconds else 0.0,
+        "environment": environment_record(),
+    }

@@ -1,0 +1,1 @@
+"""The model that proxies and the large model share: shapes, stacked Llama, optimizer."""

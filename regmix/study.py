@@ -1,0 +1,226 @@
+"""A study: one folder that holds everything about one question.
+
+Enters: a folder. Leaves: its settings (`study.toml`), the path of each of its parts, and a lock
+that lets one command at a time write to it. Trains, fits and draws nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regmix.config import as_table, build, read_toml, write_toml
+from regmix.errors import ConfigError, StudyError, nearest
+from regmix.files import storage_errors
+from regmix.model.optim import OptimConfig
+from regmix.model.presets import ModelShape
+
+if TYPE_CHECKING:
+    from regmix.data.shards import ShardSet
+
+STUDY_VERSION = 1
+LOCK_PATIENCE_SECONDS = 15.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a model is trained: one for all proxies of a study, one for each large model.
+
+    shape: the model; optim: the optimizer and its schedule.
+    batch_size: sequences in a step; num_steps: optimizer steps.
+    eval_tokens: tokens of each validation set that are read, as evenly spaced windows;
+        None reads them all. The same windows for every model.
+    eval_every: steps between evaluations along the way; None evaluates at the end only.
+    """
+
+    shape: ModelShape
+    optim: OptimConfig
+    batch_size: int
+    num_steps: int
+    eval_tokens: int | None = None
+    eval_every: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "num_steps", "eval_tokens", "eval_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}", cure="Give a whole number above 0")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that one model is trained on."""
+        return self.batch_size * self.shape.seq_len * self.num_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """The settings of a study, as `study.toml` holds them.
+
+    shards: folder of the packed corpus, relative to the study's folder or absolute.
+    shards_checksum: the corpus's checksum when the study was made.
+    train_domains: domains that a mixture weighs; targets: validation sets whose loss is measured.
+    objective: target -> weight, what `optimize` minimises unless told otherwise.
+    prior: domain -> weight, the natural mixture (share of training tokens).
+    available_tokens: domain -> training tokens that exist.
+    data_seed, init_seed: order of the data and initial weights, the same for all proxies.
+    proxy: how a proxy is trained. swarm: how the mixtures were drawn, for the record.
+    """
+
+    shards: str
+    shards_checksum: str
+    train_domains: tuple[str, ...]
+    targets: tuple[str, ...]
+    objective: dict[str, float]
+    prior: dict[str, float]
+    available_tokens: dict[str, int]
+    proxy: Training
+    data_seed: int = 0
+    init_seed: int = 0
+    version: int = STUDY_VERSION
+    swarm: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for target in self.objective:
+            if target not in self.targets:
+                raise ConfigError(
+                    f"unknown target '{target}' in the objective ({nearest(target, self.targets)})",
+                    cure="Name a validation set of the corpus",
+                )
+        if not self.objective:
+            raise ConfigError("the objective is empty", cure="Name at least one target")
+
+
+class Study:
+    """An opened study: `.config` and the paths of its parts."""
+
+    def __init__(self, path: Path, config: StudyConfig) -> None:
+        self.path, self.config = path, config
+        self.mixtures_path = path / "mixtures.csv"
+        self.losses_path = path / "losses.csv"
+        self.ledger_path = path / "ledger.sqlite"
+        self.surrogate_path = path / "surrogate"
+        self.optimum_path = path / "optimum.yaml"
+        self.report_path = path / "report.html"
+        self.logs_path = path / "logs"
+        self.stacks_path = path / "stacks"
+        self.steps_path = path / "steps"
+        self.models_path = path / "models"
+
+    @classmethod
+    def create(cls, path: Path | str, config: StudyConfig) -> Study:
+        """Write `study.toml` into a new folder; `StudyError` where a study is there already."""
+        path = Path(path).absolute()
+        if (path / "study.toml").exists():
+            raise StudyError(f"{path} holds a study already", cure="Name another folder")
+        with storage_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+        write_toml(path / "study.toml", as_table(config))
+        return cls(path, config)
+
+    @classmethod
+    def open(cls, path: Path | str) -> Study:
+        """Read a study; `StudyError` where there is none or it is of a newer version."""
+        path = Path(path).absolute()
+        settings = path / "study.toml"
+        if not settings.is_file():
+            raise StudyError(
+                f"{path} holds no study (no study.toml)",
+                cure=f"Make one with: regmix-fast mixtures {path.name} --shards SHARDS --num 64",
+            )
+        table = read_toml(settings)
+        version = table.get("version", STUDY_VERSION)
+        if version != STUDY_VERSION:
+            raise StudyError(
+                f"{settings}: made by another version of regmix-fast (format {version!r}, "
+                f"this one reads {STUDY_VERSION})",
+                cure="Use the version of regmix-fast that made it, or draw a new study",
+            )
+        return cls(path, build(StudyConfig, table, where=str(settings)))
+
+    @property
+    def shards_path(self) -> Path:
+        """Folder of the packed corpus."""
+        return (self.path / self.config.shards).resolve()
+
+    def open_shards(self) -> ShardSet:
+        """Open the corpus; `StudyError` where it is not the one the study was made with."""
+        from regmix.data.shards import ShardSet
+
+        shards = ShardSet.open(self.shards_path)
+        if shards.checksum != self.config.shards_checksum:
+            raise StudyError(
+                f"{self.shards_path}: the corpus has changed since the study was made "
+                f"(checksum {shards.checksum}, the study has {self.config.shards_checksum})",
+                cure="Restore the corpus, or draw a new study on this one",
+            )
+        return shards
+
+    @contextlib.contextmanager
+    def lock(self, *, patience_seconds: float = LOCK_PATIENCE_SECONDS) -> Iterator[int]:
+        """Hold the study for writing; yields a descriptor that workers inherit.
+
+        A worker that outlives a killed coordinator still holds the lock, so a new coordinator
+        waits for it. `StudyError` where another process keeps it longer than the patience.
+        """
+        with storage_errors(self.path):
+            descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            deadline = time.monotonic() + patience_seconds
+            while True:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
+                        raise StudyError(
+                            f"{self.path} is in use by another command (process {owner or '?'})",
+                            cure="Wait until it ends, or stop it",
+                        ) from None
+                    time.sleep(0.1)
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+
+def find_study(name: str | None) -> Path:
+    """Return the folder that a command means: the one named, the current one, or `./study`."""
+    if name is not None:
+        return Path(name)
+    return Path(".") if Path("study.toml").is_file() else Path("study")
+
+
+def relative_to_study(target: Path, study: Path) -> str:
+    """Return `target` as the study should store it: relative where both share a parent folder."""
+    target, study = target.resolve(), study.resolve()
+    common = Path(os.path.commonpath([target, study]))
+    if common == Path(common.anchor):
+        return str(target)
+    return os.path.relpath(target, study)
+
+
+def environment_record() -> dict[str, Any]:
+    """Return the versions and the machine that a result was made with."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {}
+    for package in ("regmix-fast", "torch", "numpy", "lightgbm", "tokenizers"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "absent"
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "versions": versions,
+    }

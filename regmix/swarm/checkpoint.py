@@ -1,0 +1,87 @@
+"""Checkpoints of a stack in training: one file each, checked before it is used.
+
+Enters: tensors, and a small JSON state. Leaves: `step-<n>.safetensors` by atomic rename, the
+newest two kept; the newest undamaged one back. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import xxhash
+from safetensors.torch import save
+from torch import Tensor
+
+from regmix.files import atomic_open, storage_errors
+
+KEPT = 2
+_NAME = re.compile(r"step-(\d{8})\.safetensors")
+logger = logging.getLogger(__name__)
+
+
+def save_checkpoint(
+    folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]
+) -> Path:
+    """Write the checkpoint of `step` and remove all but the newest `KEPT`."""
+    path = folder / f"step-{step:08d}.safetensors"
+    write_tensors(path, tensors, {"step": step, **state})
+    for old in checkpoints(folder)[KEPT:]:
+        with contextlib.suppress(OSError):
+            old.unlink()
+    return path
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Write tensors and a JSON state to one safetensors file that carries its own checksum."""
+    text = json.dumps(state, sort_keys=True)
+    metadata = {"state": text, "xxh3_64": _digest(tensors, text)}
+    with atomic_open(path) as stream:
+        stream.write(save(tensors, metadata=metadata))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `write_tensors` wrote; `ValueError` where the file is damaged."""
+    try:
+        with storage_errors(path), safetensors.safe_open(path, framework="pt") as stream:
+            metadata = stream.metadata() or {}
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+        text = metadata["state"]
+        state = json.loads(text)
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: not a complete checkpoint ({error})") from error
+    if metadata.get("xxh3_64") != _digest(tensors, text):
+        raise ValueError(f"{path}: its content does not match its checksum")
+    return tensors, state
+
+
+def load_newest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Return the newest undamaged checkpoint's tensors and state; a damaged one is named."""
+    for path in checkpoints(folder):
+        try:
+            return read_tensors(path)
+        except ValueError as error:
+            logger.warning("%s; the checkpoint before it is used", error)
+    return None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints in `folder`, newest first."""
+    if not folder.is_dir():
+        return []
+    return sorted((p for p in folder.iterdir() if _NAME.fullmatch(p.name)), reverse=True)
+
+
+def _digest(tensors: dict[str, Tensor], text: str) -> str:
+    digest = xxhash.xxh3_64(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,273 @@
+"""Train one stack of models from its first step, or from where it stopped, to its last.
+
+1. The job names the members (mixture and seeds each), how they are trained, and the corpus.
+2. Every member's batches come from its own sampler; parameters are stacked [P, ...].
+3. One optimizer step trains all members; a member whose gradient is not finite is frozen.
+4. Checkpoints are written by the clock; their times never change a result, because the data
+   order is a pure function and a checkpoint holds all state.
+5. At the end each member is evaluated on every target, on the same windows.
+
+Leaves: losses [P, M] in nats per token, training losses [S, P], and the final parameters in the
+job's folder. Schedules nothing and knows no study.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from regmix.config import as_table, build
+from regmix.data.sampler import MixtureSampler, StackSampler
+from regmix.data.shards import ShardSet
+from regmix.data.validation import Windows, read_windows
+from regmix.errors import ModelError
+from regmix.model.llama import StackedLlama, init_parameters
+from regmix.model.optim import StackedAdamW
+from regmix.study import Training
+from regmix.swarm.checkpoint import load_newest, save_checkpoint
+
+CHECKPOINT_SECONDS = 30.0
+REPORT_SECONDS = 0.5
+EVAL_SEQUENCES = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """One model of a stack: `name` is a proxy's index or a model's name."""
+
+    name: str
+    weights: dict[str, float]
+    data_seed: int
+    init_seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackJob:
+    """All that training one stack depends on, so that a resumed stack is the same stack.
+
+    shards, folder: absolute paths of the corpus and of the stack's checkpoints.
+    threads: intra-op threads; the sums of a matrix product depend on them.
+    """
+
+    name: str
+    members: tuple[Member, ...]
+    training: Training
+    targets: tuple[str, ...]
+    shards: str
+    folder: str
+    threads: int = 1
+
+    def to_table(self) -> dict[str, Any]:
+        """Return the job as plain tables, for JSON."""
+        table = as_table(self)
+        table["members"] = [as_table(member) for member in self.members]
+        return table
+
+    @classmethod
+    def from_table(cls, table: dict[str, Any]) -> StackJob:
+        """Return the job that `to_table` described."""
+        return build(cls, table, where="stack job")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackResult:
+    """losses [P, M] float64 nats per token; train_losses [S, P] float32; failed [P] bool.
+
+    evaluations: (step, losses [P, M]) along the way, the final one included.
+    seconds: time spent training in this process; tokens: tokens trained in it, over all members.
+    """
+
+    losses: np.ndarray
+    train_losses: np.ndarray
+    failed: np.ndarray
+    evaluations: list[tuple[int, np.ndarray]]
+    parameters: dict[str, Tensor]
+    seconds: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """How far a stack is: `loss_nats` is the mean training loss of the members at `step`."""
+
+    step: int
+    loss_nats: float
+    tokens_per_second: float
+
+
+class StoppedError(Exception):
+    """The stack was asked to stop; its checkpoint is written."""
+
+
+class StackTrainer:
+    """Trains the stack of one job; `run` returns its result."""
+
+    def __init__(self, job: StackJob, shards: ShardSet) -> None:
+        self.job, self.shards = job, shards
+        self.folder = Path(job.folder)
+        training = job.training
+        if training.shape.vocab_size < shards.vocab_size:
+            raise ModelError(
+                f"the model's vocabulary ({training.shape.vocab_size}) is smaller than the "
+                f"corpus's ({shards.vocab_size})",
+                cure="Draw the study again on this corpus",
+            )
+        self.model = StackedLlama(training.shape)
+        self.parameters = init_parameters(training.shape, [m.init_seed for m in job.members])
+        self.gradients = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+        self.optimizer = StackedAdamW(self.parameters, training.optim)
+        self.samplers = [
+            MixtureSampler(
+                shards,
+                member.weights,
+                seq_len=training.shape.seq_len,
+                batch_size=training.batch_size,
+                data_seed=member.data_seed,
+            )
+            for member in job.members
+        ]
+        self.stack = StackSampler(self.samplers)
+        self.step = 0
+        self.train_losses = np.zeros((training.num_steps, len(job.members)), dtype=np.float32)
+        self.evaluations: list[tuple[int, np.ndarray]] = []
+        self._windows: dict[str, Windows] = {}
+
+    def run(
+        self,
+        *,
+        report: Callable[[StepReport], None] = lambda _: None,
+        should_stop: Callable[[], bool] = lambda: False,
+        checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    ) -> StackResult:
+        """Train to the last step and evaluate; `StoppedError` once `should_stop` says so."""
+        self._resume()
+        training = self.job.training
+        tokens_per_step = len(self.job.members) * training.batch_size * training.shape.seq_len
+        started = saved = reported = time.monotonic()
+        first = reported_step = self.step
+        while self.step < training.num_steps:
+            self.train_step()
+            now = time.monotonic()
+            if now - reported >= REPORT_SECONDS:
+                rate = (self.step - reported_step) * tokens_per_step / (now - reported)
+                loss = float(np.nanmean(self.train_losses[self.step - 1]))
+                report(StepReport(self.step, loss, rate))
+                reported, reported_step = now, self.step
+            stop = should_stop()
+            if stop or now - saved >= checkpoint_seconds:
+                self._save()
+                saved = time.monotonic()
+            if stop:
+                raise StoppedError
+        if not self.evaluations or self.evaluations[-1][0] != self.step:
+            self._save()
+            self.evaluations.append((self.step, self._evaluate()))
+        return StackResult(
+            losses=self.evaluations[-1][1],
+            train_losses=self.train_losses,
+            failed=self.optimizer.failed.cpu().numpy().copy(),
+            evaluations=self.evaluations,
+            parameters=self.parameters,
+            seconds=time.monotonic() - started,
+            tokens=(self.step - first) * tokens_per_step,
+        )
+
+    def train_step(self) -> None:
+        """Train every member for one step."""
+        training = self.job.training
+        tokens_PBT1 = torch.from_numpy(self.stack.batch(self.step))
+        losses_P = self.model.loss_and_grads(self.parameters, self.gradients, tokens_PBT1)
+        self.optimizer.step(self.gradients, self.step)
+        self.train_losses[self.step] = losses_P.numpy()
+        self.step += 1
+        every = training.eval_every
+        if every is not None and self.step % every == 0:
+            self.evaluations.append((self.step, self._evaluate()))
+
+    def _evaluate(self) -> np.ndarray:
+        training = self.job.training
+        losses = np.zeros((len(self.job.members), len(self.job.targets)))
+        for column, target in enumerate(self.job.targets):
+            windows = self._windows.get(target)
+            if windows is None:
+                windows = self._windows[target] = read_windows(
+                    self.shards,
+                    target,
+                    seq_len=training.shape.seq_len,
+                    max_tokens=training.eval_tokens,
+                )
+            losses[:, column] = mean_losses(self.model, self.parameters, windows)
+        return losses
+
+    def _save(self) -> None:
+        tensors = {f"parameters.{name}": value for name, value in self.parameters.items()}
+        for name, value in self.optimizer.state_tensors().items():
+            tensors[f"optimizer.{name}"] = value
+        tensors["train_losses"] = torch.from_numpy(self.train_losses[: self.step].copy())
+        for step, losses in self.evaluations:
+            tensors[f"evaluation.{step}"] = torch.from_numpy(losses)
+        state = {
+            "job": _identity(self.job),
+            "samplers": [sampler.state(self.step) for sampler in self.samplers],
+        }
+        save_checkpoint(self.folder, self.step, tensors, state)
+
+    def _resume(self) -> None:
+        found = load_newest(self.folder)
+        if found is None:
+            return
+        tensors, state = found
+        if state["job"] != _identity(self.job):
+            raise ModelError(
+                f"{self.folder}: its checkpoint belongs to another stack than '{self.job.name}'",
+                cure="Remove that folder to train the stack from its first step",
+            )
+        self.step = state["step"]
+        for name, value in self.parameters.items():
+            value.copy_(tensors[f"parameters.{name}"])
+        prefix = "optimizer."
+        self.optimizer.load(
+            {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        )
+        for sampler, saved in zip(self.samplers, state["samplers"], strict=True):
+            sampler.restore(saved)
+        self.train_losses[: self.step] = tensors["train_losses"].numpy()
+        steps = sorted(int(k.split(".")[1]) for k in tensors if k.startswith("evaluation."))
+        self.evaluations = [(step, tensors[f"evaluation.{step}"].numpy()) for step in steps]
+
+
+def mean_losses(model: StackedLlama, parameters: dict[str, Tensor], windows: Windows) -> np.ndarray:
+    """Return each member's mean loss over the windows [P], float64 nats per token."""
+    total: Tensor | float = 0.0
+    for start in range(0, len(windows.tokens), EVAL_SEQUENCES):
+        rows = slice(start, start + EVAL_SEQUENCES)
+        tokens_BT1 = torch.from_numpy(windows.tokens[rows])
+        mask_BT = torch.from_numpy(windows.mask[rows])
+        total = total + model.evaluate(parameters, tokens_BT1, mask_BT)
+    assert isinstance(total, Tensor)
+    return (total / windows.num_tokens).numpy()
+
+
+def _identity(job: StackJob) -> dict[str, Any]:
+    # Where the files lie may change between runs; what is trained may not.
+    table = job.to_table()
+    for place in ("shards", "folder"):
+        table.pop(place)
+    return table
+
+
+def member_parameters(parameters: dict[str, Tensor], position: int) -> dict[str, Tensor]:
+    """Return one member's parameters as a stack of one, [1, ...]."""
+    return {name: value[position : position + 1].clone() for name, value in parameters.items()}
+
+
+def failed_names(job: StackJob, failed: np.ndarray) -> Sequence[str]:
+    """Return the names of the members that were frozen."""
+    return [member.name for member, bad in zip(job.members, failed, strict=True) if bad]

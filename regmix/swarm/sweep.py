@@ -1,0 +1,249 @@
+"""The sweep: every proxy of a study trained once, whatever happens in between.
+
+1. The mixtures that no stack holds yet are packed into stacks; the cost is shown; the ledger
+   stores each stack with all that its result depends on, before its first step.
+2. The stacks that are not trained go to the executor.
+3. A trained stack's training losses are moved to `steps/`, then its losses enter the ledger,
+   then its folder goes. Killed at any instant, the next run goes on from there.
+4. `losses.csv` is written from the ledger after every stack.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from regmix.data.mixtures import MixtureTable
+from regmix.data.shards import ShardSet
+from regmix.errors import StudyError
+from regmix.files import write_json
+from regmix.study import Study, Training, environment_record
+from regmix.swarm.cost import Cost, estimate, refuse_if_too_large
+from regmix.swarm.engine import Member, StackJob
+from regmix.swarm.executors import Done, Event, Failed, LocalExecutor, Progress, stack_jobs
+from regmix.swarm.ledger import Ledger
+
+# Members of a stack on a CPU: past 16 nothing more is gained (bench/results, suite `stack`).
+LARGEST_STACK = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions:
+    """num_workers: processes, None for one a core; threads: of each, for stacks not yet planned.
+
+    stack_size: proxies trained together, None to choose.
+    """
+
+    num_workers: int | None = None
+    threads: int = 1
+    stack_size: int | None = None
+
+    @property
+    def workers(self) -> int:
+        """Processes to use on this machine."""
+        return self.num_workers or max(1, (os.cpu_count() or 1) // self.threads)
+
+
+@dataclass
+class SweepResult:
+    """What a sweep has: numbers of proxies, and what failed as (name, why)."""
+
+    num_done: int
+    num_failed: int
+    trained_now: int
+    failures: list[tuple[str, str]] = field(default_factory=list)
+
+
+class Tally:
+    """Adds up the progress of stacks that are trained at the same time."""
+
+    def __init__(self, jobs: list[StackJob]) -> None:
+        self.total_tokens = sum(job.training.tokens * len(job.members) for job in jobs)
+        self.num_models = sum(len(job.members) for job in jobs)
+        self.models_done = 0
+        self._tokens: dict[str, int] = {}
+        self._rates: dict[str, float] = {}
+        self._losses: dict[str, float] = {}
+
+    def add(self, event: Event) -> None:
+        """Count one event."""
+        job, name = event.job, event.job.name
+        shape = job.training.shape
+        if isinstance(event, Progress):
+            per_step = len(job.members) * job.training.batch_size * shape.seq_len
+            self._tokens[name] = event.step * per_step
+            self._rates[name] = event.tokens_per_second
+            self._losses[name] = event.loss_nats
+            return
+        self._tokens[name] = job.training.tokens * len(job.members)
+        self._rates.pop(name, None)
+        self._losses.pop(name, None)
+        self.models_done += len(job.members)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained so far, those before a resume included."""
+        return sum(self._tokens.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed now, over all workers."""
+        return sum(self._rates.values())
+
+    @property
+    def loss_nats(self) -> float:
+        """Mean training loss of the stacks in training."""
+        return sum(self._losses.values()) / max(len(self._losses), 1)
+
+
+def run_sweep(
+    study: Study,
+    options: SweepOptions,
+    *,
+    on_start: Callable[[Cost, Tally], None] = lambda _cost, _tally: None,
+    on_event: Callable[[Event, Tally], None] = lambda _event, _tally: None,
+) -> SweepResult:
+    """Train every proxy that is not trained; returns what the study then has.
+
+    `on_start` is called with the cost before anything is stored; what it raises ends the sweep.
+    """
+    shards = study.open_shards()
+    table = MixtureTable.read_csv(study.mixtures_path)
+    with study.lock() as descriptor, Ledger(study.ledger_path) as ledger:
+        planned = plan_stacks(study, ledger, table, shards, options)
+        jobs = [_located(study, job) for job in ledger.pending_stacks()] + planned
+        trained = sum(len(job.members) for job in jobs)
+        failures: list[tuple[str, str]] = []
+        if jobs:
+            cost = estimate(jobs, shards, num_workers=options.workers)
+            refuse_if_too_large(cost, study.path)
+            tally = Tally(jobs)
+            on_start(cost, tally)
+            ledger.add_stacks(planned)
+
+            def handle(event: Event) -> None:
+                tally.add(event)
+                if isinstance(event, Done):
+                    collect(study, ledger, event)
+                elif isinstance(event, Failed):
+                    failures.append((event.job.name, f"{event.what}. {event.cure}"))
+                on_event(event, tally)
+
+            executor = LocalExecutor(
+                num_workers=options.workers,
+                threads=jobs[0].threads,
+                logs=study.logs_path,
+                inherited=descriptor,
+            )
+            executor.run(jobs, handle)
+        num_done = ledger.export_losses(study.losses_path, study.config.targets)
+        rows = ledger.proxies()
+        failures += [(f"proxy {r.index}", r.error or "") for r in rows if r.state == "failed"]
+        record_speed(study, ledger, options)
+        unfinished = len(rows) - num_done
+        return SweepResult(num_done, unfinished, trained, failures)
+
+
+def plan_stacks(
+    study: Study,
+    ledger: Ledger,
+    table: MixtureTable,
+    shards: ShardSet,
+    options: SweepOptions,
+) -> list[StackJob]:
+    """Return new stacks with the mixtures that no stack of the ledger holds."""
+    known = {row.index: row.weights for row in ledger.proxies()}
+    available = set(shards.domains("train"))
+    members = []
+    for position, index in enumerate(table.indices):
+        mixture = dict(table.mixture(position))
+        if unknown := sorted(set(mixture) - available):
+            raise StudyError(
+                f"{study.mixtures_path}: domain '{unknown[0]}' is not in the corpus {shards.path}",
+                cure="Remove its column, or pack a corpus that has it",
+            )
+        if index not in known:
+            members.append(study_member(study, str(index), mixture))
+        elif known[index] != mixture:
+            raise StudyError(
+                f"{study.mixtures_path}: mixture {index} is not the one its proxy was trained on",
+                cure="Restore the row, or give the new mixture an index of its own",
+            )
+    stacks = stack_jobs(
+        members,
+        num_workers=options.workers,
+        stack_size=options.stack_size,
+        largest=LARGEST_STACK,
+    )
+    first = ledger.num_stacks()
+    jobs = []
+    for number, stack in enumerate(stacks, start=first):
+        name = f"stack-{number:04d}"
+        jobs.append(stack_job(study, name, tuple(stack), study.config.proxy, options.threads))
+    return jobs
+
+
+def study_member(study: Study, name: str, weights: dict[str, float], replicate: int = 0) -> Member:
+    """Return a model of the study: replicate 0 has the study's seeds, others their own."""
+    return Member(
+        name=name,
+        weights=weights,
+        data_seed=study.config.data_seed + replicate,
+        init_seed=study.config.init_seed + replicate,
+    )
+
+
+def stack_job(
+    study: Study, name: str, members: tuple[Member, ...], training: Training, threads: int
+) -> StackJob:
+    """Return the job of one stack of a study's models."""
+    return StackJob(
+        name=name,
+        members=members,
+        training=training,
+        targets=study.config.targets,
+        shards=str(study.shards_path),
+        folder=str(study.stacks_path / name),
+        threads=threads,
+    )
+
+
+def _located(study: Study, job: StackJob) -> StackJob:
+    # The study may have been moved since the stack was planned.
+    return stack_job(study, job.name, job.members, job.training, job.threads)
+
+
+def collect(study: Study, ledger: Ledger, event: Done) -> None:
+    """Take over a trained stack: its files first, then its rows, then its folder goes."""
+    folder = Path(event.job.folder)
+    study.steps_path.mkdir(exist_ok=True)
+    for member in event.job.members:
+        # Moved already where the last run was killed right after.
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(folder / f"{member.name}.npy", study.steps_path / f"{member.name}.npy")
+    ledger.finish_stack(event.job, event.result)
+    ledger.export_losses(study.losses_path, study.config.targets)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def record_speed(study: Study, ledger: Ledger, options: SweepOptions) -> None:
+    """Write `sweep.json`: tokens per second of one worker and of all, and the machine."""
+    seconds, tokens = ledger.totals()
+    per_worker = tokens / seconds if seconds else 0.0
+    write_json(
+        study.path / "sweep.json",
+        {
+            "num_proxies": len(ledger.proxies()),
+            "workers": options.workers,
+            "threads": options.threads,
+            "worker_seconds": seconds,
+            "tokens": tokens,
+            "tokens_per_second_per_worker": per_worker,
+            "tokens_per_second": per_worker * options.workers,
+            "environment": environment_record(),
+        },
+    )

@@ -1,0 +1,168 @@
+"""A worker: a long-lived process that trains one stack after another.
+
+Enters, one JSON object a line on stdin: `{"job": ...}`, `{"stop": true}`. Leaves, one JSON object
+a line on stdout: `{"progress": ...}`, `{"done": ...}`, `{"stopped": ...}`, `{"failed": ...}`.
+Results are written as files into the job's folder before `done` is said. It writes to no ledger,
+and it dies with its coordinator.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from regmix.data.shards import ShardSet
+from regmix.errors import RegmixError
+from regmix.files import atomic_open
+from regmix.swarm.checkpoint import checkpoints, read_tensors, write_tensors
+from regmix.swarm.engine import (
+    StackJob,
+    StackResult,
+    StackTrainer,
+    StepReport,
+    StoppedError,
+    member_parameters,
+)
+
+RESULT_FILE = "result.json"
+_PR_SET_PDEATHSIG = 1
+
+
+def train_job(
+    job: StackJob,
+    *,
+    shards: ShardSet | None = None,
+    report: Any = lambda _: None,
+    should_stop: Any = lambda: False,
+) -> dict[str, Any]:
+    """Train a job, or read the result of one that is trained, and return its result table.
+
+    The table holds `losses` [P, M], `failed` [P], `evaluations`, `seconds` and `tokens`; beside
+    it lie `<member>.safetensors` (parameters [1, ...]) and `<member>.npy` (losses by step).
+    """
+    folder = Path(job.folder)
+    done = folder / RESULT_FILE
+    if done.is_file():
+        return json.loads(done.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    if shards is None:
+        shards = ShardSet.open(job.shards)
+    result = StackTrainer(job, shards).run(report=report, should_stop=should_stop)
+    table = _write_result(job, result)
+    for old in checkpoints(folder):
+        old.unlink()
+    return table
+
+
+def _write_result(job: StackJob, result: StackResult) -> dict[str, Any]:
+    folder = Path(job.folder)
+    for position, member in enumerate(job.members):
+        write_tensors(
+            folder / f"{member.name}.safetensors",
+            member_parameters(result.parameters, position),
+            {"name": member.name, "step": job.training.num_steps},
+        )
+        with atomic_open(folder / f"{member.name}.npy") as stream:
+            np.save(stream, result.train_losses[:, position], allow_pickle=False)
+    table = {
+        "losses": result.losses.tolist(),
+        "failed": result.failed.tolist(),
+        "evaluations": [[step, losses.tolist()] for step, losses in result.evaluations],
+        "seconds": result.seconds,
+        "tokens": result.tokens,
+    }
+    # JSON has no NaN that every reader takes: a failed member's losses are null.
+    with atomic_open(folder / RESULT_FILE, "w") as stream:
+        json.dump(_without_nan(table), stream)
+    return _without_nan(table)  # type: ignore[no-any-return]
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value
+
+
+def read_parameters(path: Path) -> dict[str, Any]:
+    """Read the parameters [1, ...] that a trained member left; `ValueError` where damaged."""
+    return read_tensors(path)[0]
+
+
+class _Worker:
+    def __init__(self) -> None:
+        self.jobs: queue.Queue[StackJob | None] = queue.Queue()
+        self.stopping = threading.Event()
+        self._shards: dict[str, ShardSet] = {}
+
+    def listen(self) -> None:
+        for line in sys.stdin:
+            message = json.loads(line)
+            if message.get("stop"):
+                self.stopping.set()
+                self.jobs.put(None)
+            else:
+                self.jobs.put(StackJob.from_table(message["job"]))
+        # The coordinator is gone: nobody would read a result.
+        os._exit(1)
+
+    def work(self) -> None:
+        while (job := self.jobs.get()) is not None and not self.stopping.is_set():
+            try:
+                self._train(job)
+            except StoppedError:
+                say({"stopped": job.name})
+            except RegmixError as error:
+                say({"failed": job.name, "what": error.what, "cure": error.cure})
+            except Exception:
+                traceback.print_exc()
+                last = traceback.format_exc().strip().splitlines()[-1]
+                say({"failed": job.name, "what": f"stack {job.name}: {last}", "cure": ""})
+
+    def _train(self, job: StackJob) -> None:
+        import torch
+
+        torch.set_num_threads(job.threads)
+        if job.shards not in self._shards:
+            self._shards[job.shards] = ShardSet.open(job.shards)
+
+        def report(step: StepReport) -> None:
+            say({"progress": job.name, **vars(step)})
+
+        table = train_job(
+            job, shards=self._shards[job.shards], report=report, should_stop=self.stopping.is_set
+        )
+        say({"done": job.name, "result": table})
+
+
+def say(message: dict[str, Any]) -> None:
+    """Write one message to the coordinator."""
+    print(json.dumps(_without_nan(message)), flush=True)
+
+
+def main() -> None:
+    """Serve jobs from stdin until told to stop."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    worker = _Worker()
+    threading.Thread(target=worker.listen, daemon=True).start()
+    say({"ready": os.getpid()})
+    worker.work()
+
+
+if __name__ == "__main__":
+    main()
