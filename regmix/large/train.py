@@ -178,7 +178,7 @@ def _plan(study: Study, members: Sequence[Member], request: TrainRequest) -> lis
     jobs = []
     for stack in stacks:
         text = json.dumps([as_table(member) for member in stack] + [as_table(request.training)])
-        name = f"train-{xxhash.xxh3_64_hexdigest(text)}"
+        name = f"train-{xxhash.xxh3_64_hexdigest(text.encode())}"
         jobs.append(stack_job(study, name, tuple(stack), request.training, request.threads))
     return jobs
 

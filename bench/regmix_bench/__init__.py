@@ -1,0 +1,1 @@
+"""Benchmarks of regmix-fast: one module per subject, records made by `harness`."""

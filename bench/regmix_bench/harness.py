@@ -1,0 +1,117 @@
+"""Bench records: one JSON object a line, from which every table is made.
+
+Enters: what was measured, of what, in which unit, and what it was measured against. Leaves: a
+`Record` with the machine, the revision and the versions it was measured with. Measures nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_PACKAGES = ("regmix-fast", "torch", "triton", "numpy", "transformers")
+
+
+@functools.cache
+def machine() -> str:
+    """Return this machine in words: processor, cores, GPU."""
+    processor = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        processor = names[0] if names else processor
+    words = f"{processor}, {os.cpu_count()} cores"
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        words += f", {torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+    return words
+
+
+@functools.cache
+def revision() -> str:
+    """Return the git revision of the source tree, "+" where it has changes; else "unknown"."""
+    here = Path(__file__).resolve().parent
+    try:
+        commit, changes = (
+            subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True)
+            for words in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "-uno"))
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.stdout.strip() + ("+" if changes.stdout.strip() else "")
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide a number."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One measured number. `peer` and `ceiling` are words; their ratios come from the same run."""
+
+    suite: str
+    case: str
+    metric: str
+    value: float
+    unit: str
+    ceiling: str | None = None
+    ratio_to_ceiling: float | None = None
+    peer: str | None = None
+    ratio_to_peer: float | None = None
+    machine: str = field(default_factory=machine)
+    revision: str = field(default_factory=revision)
+    date: str = field(default_factory=_now)
+    versions: dict[str, str] = field(default_factory=versions)
+
+    def line(self) -> str:
+        """Return the record as one line of JSON, without what does not apply."""
+        values = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        return json.dumps(values, ensure_ascii=False)
+
+
+def append(path: Path | str, records: Iterable[Record]) -> None:
+    """Append records to a file of JSON lines."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as stream:
+        for record in records:
+            stream.write(record.line() + "\n")
+
+
+def table(records: Iterable[Record]) -> str:
+    """Return records as aligned text: case, metric, value, peer, ratio."""
+    rows = [("case", "metric", "value", "unit", "against", "ratio")]
+    for record in records:
+        against = record.peer or record.ceiling or ""
+        ratio = record.ratio_to_peer if record.peer else record.ratio_to_ceiling
+        shown = "" if ratio is None else f"{ratio:.2f}x"
+        value = f"{record.value:.4g}"
+        rows.append((record.case, record.metric, value, record.unit, against, shown))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )

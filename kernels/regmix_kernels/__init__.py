@@ -1,0 +1,1 @@
+"""Operations of the proxy: `reference` specifies each in plain PyTorch."""

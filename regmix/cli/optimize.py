@@ -1,0 +1,238 @@
+"""`regmix-fast optimize`: the best mixture under constraints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from regmix.decision.optimum import Optimum
+    from regmix.study import Study
+
+
+@click.command()
+@click.argument("study", required=False)
+@click.option("--mixtures", type=click.Path(), help="Table of mixtures, instead of a study.")
+@click.option("--losses", type=click.Path(), help="Table of losses, instead of a study.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="YAML file to write.  [default: the study's]"
+)
+@click.option("--objective", help="Target, mean, worst or a=0.5,b=0.5.  [default: the study's]")
+@click.option("--tokens", help="Tokens of the large run, for example 25B: limits the epochs.")
+@click.option("--max-epochs", type=float, default=4, show_default=True, help="Epochs of a domain.")
+@click.option(
+    "--available", multiple=True, metavar="DOMAIN=TOKENS", help="Tokens that exist, with --losses."
+)
+@click.option("--lower", multiple=True, metavar="DOMAIN=W", help="Smallest weight; repeatable.")
+@click.option("--upper", multiple=True, metavar="DOMAIN=W", help="Largest weight; repeatable.")
+@click.option(
+    "--prior", help="natural, uniform or a YAML file.  [default: natural; runs' mean with --losses]"
+)
+@click.option("--baseline", "files", multiple=True, help="YAML file to compare with; repeatable.")
+@click.option(
+    "--method",
+    type=click.Choice(["exact", "simulate"]),
+    default="exact",
+    show_default=True,
+    help="simulate is the paper's: the mean of the best 128 of 100,000 draws.",
+)
+@click.option(
+    "--regressor", help="auto, powerlaw, lightgbm or linear.  [default: as fit, else auto]"
+)
+@click.option("--seed", type=int, help="Seed of fit and search.  [default: as fit, else 0]")
+@click.option(
+    "--extrapolate", is_flag=True, help="Allow weights above the largest that any run had."
+)
+@click.option("--partial", is_flag=True, help="Go on without the proxies that have no losses yet.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def command(
+    study: str | None,
+    mixtures: str | None,
+    losses: str | None,
+    out: Path | None,
+    objective: str | None,
+    tokens: str | None,
+    max_epochs: float,
+    available: tuple[str, ...],
+    lower: tuple[str, ...],
+    upper: tuple[str, ...],
+    prior: str | None,
+    files: tuple[str, ...],
+    method: str,
+    regressor: str | None,
+    seed: int | None,
+    extrapolate: bool,
+    partial: bool,
+    as_json: bool,
+) -> None:
+    """Find the mixture of STUDY with the lowest predicted loss.
+
+    \b
+    Examples:
+      regmix-fast optimize study --tokens 25B --max-epochs 4
+      regmix-fast optimize --mixtures train_mixture_1m.csv --losses train_pile_loss_1m.csv \\
+          --objective pile_cc --prior human.yaml --out optimum.yaml
+    """
+    import contextlib
+
+    from regmix.cli.decide import open_source, wanted_objective
+    from regmix.cli.words import parse_count, parse_pairs
+    from regmix.decision.optimum import optimize
+    from regmix.decision.records import optimum_record, write_optimum
+    from regmix.decision.runs import read_runs
+    from regmix.decision.surrogate import fit
+
+    opened, mixtures_path, losses_path = open_source(study, mixtures, losses)
+    runs = read_runs(mixtures_path, losses_path, partial=partial)
+    used, used_seed = _settings_of_fit(opened, regressor, seed)
+    model = fit(runs.weights, runs.losses, regressor=used, seed=used_seed)
+    given, remarks = _mixtures_of(files)
+    start, more = _prior_of(prior, opened)
+    best = optimize(
+        model,
+        objective=wanted_objective(objective, opened, runs.targets),
+        prior=start,
+        lower=parse_pairs(lower),
+        upper=parse_pairs(upper),
+        available_tokens=_available(available, opened) if tokens else None,
+        budget_tokens=parse_count(tokens) if tokens else None,
+        max_epochs=max_epochs,
+        baselines=given,
+        method=method,
+        extrapolate=extrapolate,
+        seed=used_seed,
+    )
+    path = out or (opened.optimum_path if opened else None)
+    if path is not None:
+        with opened.lock() if opened else contextlib.nullcontext():
+            write_optimum(path, best, model)
+    if as_json:
+        click.echo(json.dumps(optimum_record(best, model)))
+        return
+    for run in runs.dropped:
+        click.echo(f"Left out: run {run.index}, {run.reason}")
+    for remark in (*remarks, *more):
+        click.echo(remark)
+    _show(best)
+    click.echo(f"Surrogate: {model.reason}")
+    if best.epochs is None:
+        click.echo("Epochs are not limited: say how long the large run is, --tokens 25B")
+    if path is not None:
+        click.echo(f"Written: {path}, {path.with_suffix('.json')}")
+    if best.at_edge:
+        click.echo(
+            f"At the largest weight of any run: {', '.join(best.at_edge)}. More may be better "
+            "still: draw mixtures beyond it, or allow the guess with --extrapolate"
+        )
+    follow = f"regmix-fast train {study or ''}" if opened else "regmix-fast export --help"
+    click.echo(f"Next: {follow}".rstrip())
+
+
+def _settings_of_fit(
+    study: Study | None, regressor: str | None, seed: int | None
+) -> tuple[str, int]:
+    """Return regressor and seed: those given, else those that `fit` used in this study."""
+    from regmix.files import read_json
+
+    path = study.surrogate_path / "fit.json" if study else None
+    stored = read_json(path) if path is not None and path.is_file() else {}
+    if not isinstance(stored, dict):
+        stored = {}
+    used_seed = stored.get("seed", 0) if seed is None else seed
+    return regressor or str(stored.get("regressor", "auto")), int(used_seed)
+
+
+def _mixtures_of(files: tuple[str, ...]) -> tuple[dict[str, Mapping[str, float]], list[str]]:
+    from regmix.data.mixtures import read_mixture_yaml
+
+    found: dict[str, Mapping[str, float]] = {}
+    remarks = []
+    for name in files:
+        mixture = read_mixture_yaml(name, normalise=True)
+        found[Path(name).stem] = mixture
+        remarks += _scaled(name, mixture.requested_sum)
+    return found, remarks
+
+
+def _scaled(name: str, total: float) -> list[str]:
+    if abs(total - 1) <= 0.01:
+        return []
+    return [f"{name}: its weights sum to {total:.4f}; scaled to 1"]
+
+
+def _prior_of(
+    name: str | None, study: Study | None
+) -> tuple[Mapping[str, float] | str | None, list[str]]:
+    from regmix.data.mixtures import read_mixture_yaml
+    from regmix.errors import ConfigError
+
+    if name in (None, "natural"):
+        if study is not None:
+            return study.config.prior, []
+        if name == "natural":
+            raise ConfigError(
+                "bare tables do not say what the natural mixture is",
+                cure="Give it as a YAML file: --prior natural.yaml",
+            )
+        return None, ["No prior given: the mean of the runs stands in for it"]
+    if name == "uniform":
+        return "uniform", []
+    mixture = read_mixture_yaml(str(name), normalise=True)
+    return mixture, _scaled(str(name), mixture.requested_sum)
+
+
+def _available(pairs: tuple[str, ...], study: Study | None) -> dict[str, float]:
+    from regmix.cli.words import parse_count
+    from regmix.errors import ConfigError
+
+    if study is not None and not pairs:
+        return {domain: float(tokens) for domain, tokens in study.config.available_tokens.items()}
+    if not pairs:
+        raise ConfigError(
+            "--tokens limits epochs, which needs the tokens that exist",
+            cure="Give --available DOMAIN=TOKENS for every domain, or leave --tokens out",
+        )
+    found = {}
+    for pair in (part for text in pairs for part in text.split(",")):
+        name, equals, number = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"'{pair}' is not DOMAIN=TOKENS", cure="Write for example web=2B")
+        found[name.strip()] = float(parse_count(number))
+    return found
+
+
+def _show(best: Optimum) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from regmix.display import console
+
+    table = Table(title=f"Optimum for {escape(best.objective.name)}", title_justify="left")
+    others = [entry for entry in best.baselines if entry.name != "uniform"][:1]
+    headings = ["weight", *(escape(entry.name) for entry in others)]
+    if best.epochs is not None:
+        headings.append("epochs")
+    table.add_column("domain")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for name, weight in sorted(best.mixture.items(), key=lambda pair: (-pair[1], pair[0])):
+        cells = [f"{weight:.2%}", *(f"{entry.weights[name]:.2%}" for entry in others)]
+        if best.epochs is not None:
+            cells.append(f"{best.epochs[name]:.2f}")
+        table.add_row(escape(name), *cells)
+    console().print(table)
+    compared = Table(title="Predicted objective, at the proxies' scale", title_justify="left")
+    compared.add_column("mixture")
+    for heading in ("loss, nats", "optimum's gain, nats", "within the constraints"):
+        compared.add_column(heading, justify="right")
+    compared.add_row("optimum", f"{best.loss:.4f}", "", "yes")
+    for entry in best.baselines:
+        cells = [f"{entry.loss:.4f}", f"{entry.gain:+.4f}", "yes" if entry.feasible else "no"]
+        compared.add_row(escape(entry.name), *cells)
+    console().print(compared)
+    click.echo(f"Verdict: {best.verdict}")

@@ -1,0 +1,139 @@
+"""Tokenizers: load any Hugging Face `tokenizer.json`, train a byte-level BPE, encode batches.
+
+Enters: a file, or documents to train on. Leaves: a `Tokenizer` with its separator (the token that
+ends every document), and token ids identical to those of the `tokenizers` library. Reads no corpus
+and writes no shards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from regmix.errors import StorageError, TokenizerError, nearest
+from regmix.files import read_text
+
+SEPARATOR = "<|endoftext|>"
+SMALLEST_BPE = 257  # the 256 bytes and the separator
+
+
+class Tokenizer:
+    """A tokenizer and its separator; made by `load_tokenizer` or `train_bpe`.
+
+    `text` is the whole tokenizer.json, `hash` its xxh3_64, `vocab_size` the largest id + 1.
+    """
+
+    def __init__(self, text: str, *, separator: str | None = None, where: str) -> None:
+        from tokenizers import Tokenizer as Backend
+
+        try:
+            self._backend = Backend.from_str(text)
+            vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        except Exception as error:  # the library raises bare Exception
+            raise TokenizerError(
+                f"{where}: not a Hugging Face tokenizer ({str(error)[:200]})",
+                cure="Name a tokenizer.json as saved by the tokenizers library, "
+                "or train one: --train-bpe 8192",
+            ) from error
+        if not vocabulary:
+            raise TokenizerError(f"{where}: an empty vocabulary", cure="Name another tokenizer")
+        # A file may ask to cut or to pad; a corpus keeps every token and adds none.
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self.text = text
+        self.hash = xxhash.xxh3_64_hexdigest(text.encode())
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.separator = separator or SEPARATOR
+        if self.separator not in vocabulary:
+            special = [str(t) for t in self._backend.get_added_tokens_decoder().values()]
+            raise TokenizerError(
+                f"{where}: no token '{self.separator}' to end documents with "
+                f"({nearest(self.separator, special)})",
+                cure="Name one of its tokens with --separator",
+            )
+        self.separator_id = vocabulary[self.separator]
+
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids of all documents, each ended by the separator, and their lengths.
+
+        The dtype is the narrowest that holds the vocabulary. Releases the GIL while it encodes.
+        """
+        rows = self._ids(texts)
+        lengths = np.fromiter((len(row) + 1 for row in rows), np.int64, len(rows))
+        end = (self.separator_id,)
+        flat = itertools.chain.from_iterable(itertools.chain(row, end) for row in rows)
+        dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+        return np.fromiter(flat, dtype, int(lengths.sum())), lengths
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids, special tokens included."""
+        return str(self._backend.decode(list(ids), skip_special_tokens=False))
+
+
+def load_tokenizer(path: Path | str, *, separator: str | None = None) -> Tokenizer:
+    """Load a `tokenizer.json`; `TokenizerError` where it is not one or lacks the separator."""
+    path = Path(path)
+    if path.is_dir() and (path / "tokenizer.json").is_file():
+        path = path / "tokenizer.json"
+    try:
+        text = read_text(path)
+    except StorageError as error:
+        raise TokenizerError(error.what, cure="Name a readable tokenizer.json") from error
+    return Tokenizer(text, separator=separator, where=str(path))
+
+
+def train_bpe(
+    documents: Iterable[str], vocab_size: int, *, separator: str | None = None
+) -> Tokenizer:
+    """Train a byte-level BPE; the same documents give the same file.
+
+    The vocabulary holds the 256 bytes, so any text can be encoded, and the separator, id 0. It
+    ends up smaller than `vocab_size` where the documents hold too few pairs to merge.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < SMALLEST_BPE:
+        raise TokenizerError(
+            f"a vocabulary of {vocab_size} is too small for the 256 bytes and the separator",
+            cure=f"Ask for at least {SMALLEST_BPE}, for example --train-bpe 8192",
+        )
+    backend: Any = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[separator or SEPARATOR],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(documents, trainer)
+    return Tokenizer(
+        backend.to_str(pretty=True), separator=separator, where="the tokenizer just trained"
+    )
+
+
+@contextlib.contextmanager
+def own_parallelism() -> Iterator[None]:
+    """Keep the library to the thread that calls it: the caller has one thread a core itself."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before

@@ -1,0 +1,340 @@
+"""What a report tells: the parts of a study that exist, read from its files.
+
+Enters: a study. Leaves: `Facts`, whose parts are None or empty where the study has none yet, and
+the comparison of the final models. Writes nothing and words nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy as np
+
+from regmix.data.mixtures import MixtureTable, read_index_table
+from regmix.decision.objective import make_objective
+from regmix.errors import StudyError
+from regmix.files import read_json
+from regmix.study import Study
+
+OBJECTIVE = "objective"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """Held-out predictions: target -> losses [K] in nats; rows are the proxies `indices`."""
+
+    indices: tuple[int, ...]
+    true: dict[str, np.ndarray]
+    predicted: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinalModel:
+    """A trained large model; losses in nats per token, None where it was not evaluated."""
+
+    name: str
+    mixture: str
+    replicate: int
+    training: dict[str, Any]
+    summary: dict[str, Any]
+    objective: float | None
+    losses: dict[str, float]
+    bits_per_byte: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gain:
+    """Objective of one mixture's models minus the optimum's, by replicates trained alike [nats].
+
+    A gain above 0 means that the optimum is better.
+    """
+
+    mixture: str
+    pairs: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean gain in nats per token."""
+        return float(np.mean(self.pairs))
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over pairs, in nats; None for one pair."""
+        return float(np.std(self.pairs, ddof=1)) if len(self.pairs) > 1 else None
+
+    @property
+    def num_better(self) -> int:
+        """Pairs in which the optimum is better."""
+        return sum(pair > 0 for pair in self.pairs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """All that is known of a study; a part it does not have yet is None or empty."""
+
+    study: Study
+    mixtures: MixtureTable | None
+    losses: dict[int, dict[str, float]]
+    fit: dict[str, Any] | None
+    predictions: Predictions | None
+    optimum: dict[str, Any] | None
+    models: tuple[FinalModel, ...]
+    curves: dict[int, np.ndarray] = field(default_factory=dict)
+    sweep: dict[str, Any] | None = None
+
+    def objective_of(self, losses: Mapping[str, float]) -> float | None:
+        """Return the study's objective for one row of losses, None where one is missing."""
+        return weighted(self.study.config.objective, losses)
+
+    @property
+    def optimum_weights(self) -> dict[str, float] | None:
+        """Domain -> weight of the optimum."""
+        if self.optimum is None:
+            return None
+        return dict(zip(self.optimum["domains"], self.optimum["weights"], strict=True))
+
+    @property
+    def other_fit_objective(self) -> str | None:
+        """The objective that the surrogate was judged by, where it is not the study's."""
+        name = ((self.fit or {}).get(OBJECTIVE) or {}).get("name")
+        return None if name in (None, self._objective_name) else str(name)
+
+    @property
+    def other_optimum_objective(self) -> str | None:
+        """The objective that the optimum was found for, where it is not the study's."""
+        name = (self.optimum or {}).get("objective_name")
+        return None if name in (None, self._objective_name) else str(name)
+
+    @property
+    def _objective_name(self) -> str:
+        config = self.study.config
+        targets = [target for target in config.targets if target in config.objective]
+        return make_objective({t: config.objective[t] for t in targets}, config.targets).name
+
+    @property
+    def best_proxy(self) -> int | None:
+        """The proxy of the lowest objective, None before any has all of its losses."""
+        values = {index: self.objective_of(losses) for index, losses in self.losses.items()}
+        known = {index: value for index, value in values.items() if value is not None}
+        return min(known, key=lambda index: (known[index], index), default=None)
+
+    @property
+    def known_mixtures(self) -> dict[str, dict[str, float]]:
+        """The mixtures to show side by side: optimum, natural, uniform, best observed."""
+        config = self.study.config
+        shown = {
+            "natural": dict(config.prior),
+            "uniform": {domain: 1 / len(config.train_domains) for domain in config.train_domains},
+        }
+        if self.optimum_weights is not None:
+            shown = {"optimum": self.optimum_weights, **shown}
+        best = self.best_proxy
+        if best is not None and self.mixtures is not None and best in self.mixtures.indices:
+            row = self.mixtures.indices.index(best)
+            shown["best observed"] = dict(self.mixtures.mixture(row))
+        return shown
+
+    @property
+    def ordered_domains(self) -> list[str]:
+        """The domains, the heaviest in the optimum (or naturally) first."""
+        config = self.study.config
+        weights = self.optimum_weights or config.prior
+        names = sorted({*config.train_domains, *weights})
+        return sorted(names, key=lambda domain: -weights.get(domain, 0.0))
+
+    @property
+    def epochs(self) -> dict[str, float]:
+        """Domain -> epochs under the optimum, where they are known."""
+        epochs = (self.optimum or {}).get("epochs") or {}
+        return {d: float(epochs[d]) for d in self.ordered_domains if finite(epochs.get(d))}
+
+    @property
+    def compared(self) -> dict[str, list[FinalModel]]:
+        """Mixture -> its evaluated models, of those trained alike; the optimum comes first."""
+        groups: dict[str, list[FinalModel]] = {}
+        for model in self.models:
+            if model.objective is not None:
+                groups.setdefault(repr(model.training), []).append(model)
+        alike = max(groups.values(), key=len, default=[])
+        order = ["optimum", "natural", "uniform"]
+        names = sorted({m.mixture for m in alike}, key=lambda n: (n not in order, n))
+        names.sort(key=lambda n: order.index(n) if n in order else len(order))
+        return {
+            name: sorted((m for m in alike if m.mixture == name), key=lambda m: m.replicate)
+            for name in names
+        }
+
+    @property
+    def gains(self) -> tuple[Gain, ...]:
+        """Return what the optimum gains over each other mixture, pair by pair."""
+        compared = self.compared
+        ours = {m.replicate: m.objective for m in compared.get("optimum", [])}
+        gains = []
+        for mixture, models in compared.items():
+            pairs = tuple(
+                float(m.objective or 0.0) - float(ours[m.replicate] or 0.0)
+                for m in models
+                if m.replicate in ours
+            )
+            if mixture != "optimum" and pairs:
+                gains.append(Gain(mixture=mixture, pairs=pairs))
+        return tuple(gains)
+
+
+def finite(value: Any) -> TypeGuard[float]:
+    """Return whether a value read from a file is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def weighted(objective: Mapping[str, float], losses: Mapping[str, float]) -> float | None:
+    """Return the weighted mean of losses, weights scaled to 1; None where a loss is missing."""
+    total = math.fsum(objective.values())
+    values = [losses.get(target) for target in objective]
+    if total <= 0 or any(value is None or not math.isfinite(value) for value in values):
+        return None
+    pairs = zip(objective.values(), values, strict=True)
+    return math.fsum(weight * float(value or 0.0) for weight, value in pairs) / total
+
+
+def read_facts(study: Study) -> Facts:
+    """Read every part of a study that exists; `StudyError` names a file that cannot be used."""
+    optimum_path = study.path / "optimum.json"
+    fit_path = study.surrogate_path / "fit.json"
+    predictions_path = study.surrogate_path / "predictions.csv"
+    sweep_path = study.path / "sweep.json"
+    return Facts(
+        study=study,
+        mixtures=MixtureTable.read_csv(study.mixtures_path)
+        if study.mixtures_path.is_file()
+        else None,
+        losses=_read_losses(study.losses_path) if study.losses_path.is_file() else {},
+        fit=_table(fit_path, "targets") if fit_path.is_file() else None,
+        predictions=_read_predictions(predictions_path, study.config.objective)
+        if predictions_path.is_file()
+        else None,
+        optimum=_read_optimum(optimum_path, study.config.prior) if optimum_path.is_file() else None,
+        models=tuple(
+            _read_model(path.parent) for path in sorted(study.models_path.glob("*/summary.json"))
+        ),
+        curves=_read_curves(study.steps_path),
+        sweep=_table(sweep_path) if sweep_path.is_file() else None,
+    )
+
+
+def _damaged(path: Path, why: str) -> StudyError:
+    return StudyError(f"{path}: {why}", cure="Restore the file, or run the command that made it")
+
+
+def _table(path: Path, *keys: str) -> dict[str, Any]:
+    table = read_json(path)
+    missing = [key for key in keys if not isinstance(table, dict) or key not in table]
+    if not isinstance(table, dict) or missing:
+        raise _damaged(path, f"no '{missing[0]}' in it" if missing else "not a table")
+    return table
+
+
+def _read_optimum(path: Path, prior: Mapping[str, float]) -> dict[str, Any]:
+    table = _table(path, "domains", "weights")
+    domains, weights = table["domains"], table["weights"]
+    if not isinstance(domains, list) or not isinstance(weights, list):
+        raise _damaged(path, "domains and weights are not lists")
+    if len(domains) != len(weights):
+        raise _damaged(path, f"{len(domains)} domains and {len(weights)} weights")
+    if not all(finite(weight) for weight in weights):
+        raise _damaged(path, "a weight is not a number")
+    for key in ("gain_nats", "baselines", "predicted", "epochs"):
+        if not isinstance(table.get(key) or {}, dict):
+            raise _damaged(path, f"'{key}' is not a table")
+    return _with_natural(table, prior)
+
+
+def _with_natural(table: dict[str, Any], prior: Mapping[str, float]) -> dict[str, Any]:
+    """Return an optimum whose baseline "prior" is called "natural" where it is the corpus as is."""
+    found = ((table.get("baselines") or {}).get("prior") or {}).get("weights") or []
+    natural = [prior.get(domain, 0.0) for domain in table["domains"]]
+    if len(found) != len(natural) or not np.allclose(found, natural, atol=1e-9):
+        return table
+    gains = table.get("gain_nats") or {}
+    renamed = {("natural" if name == "prior" else name): gain for name, gain in gains.items()}
+    verdict = str(table.get("verdict") or "").replace("'prior'", "the natural mixture")
+    return {**table, "gain_nats": renamed, "verdict": verdict}
+
+
+def _numbers(cells: Sequence[str], path: Path) -> list[float]:
+    try:
+        return [float(cell) if cell.strip() else math.nan for cell in cells]
+    except ValueError as error:
+        raise _damaged(path, str(error)) from error
+
+
+def _read_losses(path: Path) -> dict[int, dict[str, float]]:
+    header, indices, rows = read_index_table(path)
+    targets = [name.removeprefix("metric/").removesuffix("_val_loss") for name in header]
+    return {
+        index: dict(zip(targets, _numbers(cells, path), strict=True))
+        for index, cells in zip(indices, rows, strict=True)
+    }
+
+
+def _read_predictions(path: Path, objective: Mapping[str, float]) -> Predictions:
+    header, indices, rows = read_index_table(path)
+    values = np.array([_numbers(cells, path) for cells in rows]).reshape(len(rows), len(header))
+    columns = dict(zip(header, values.T, strict=True))
+    true = {n.removeprefix("true/"): c for n, c in columns.items() if n.startswith("true/")}
+    predicted = {
+        target: columns[f"predicted/{target}"]
+        for target in true
+        if f"predicted/{target}" in columns
+    }
+    true = {target: true[target] for target in predicted}
+    if not predicted:
+        raise _damaged(path, "no columns 'true/<target>' and 'predicted/<target>'")
+    if OBJECTIVE not in predicted and set(objective) <= set(predicted):
+        total = math.fsum(objective.values())
+        for table in (true, predicted):
+            mean = sum(weight / total * table[target] for target, weight in objective.items())
+            table[OBJECTIVE] = np.asarray(mean)
+    return Predictions(indices=tuple(indices), true=true, predicted=predicted)
+
+
+def _read_model(folder: Path) -> FinalModel:
+    summary = _table(folder / "summary.json", "name", "mixture")
+    evaluation_path = folder / "evaluation.json"
+    evaluation: dict[str, Any] = {"targets": {}, OBJECTIVE: {}}
+    if evaluation_path.is_file():
+        evaluation = _table(evaluation_path, "targets", OBJECTIVE)
+    try:
+        rows, objective = evaluation["targets"], evaluation[OBJECTIVE].get("loss_nats")
+        losses = {target: float(row["loss_nats"]) for target, row in rows.items()}
+        bits = {target: float(row.get("bits_per_byte", math.nan)) for target, row in rows.items()}
+        objective = None if objective is None else float(objective)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise _damaged(evaluation_path, f"no losses by target ({error!r})") from error
+    return FinalModel(
+        name=str(summary["name"]),
+        mixture=str(summary["mixture"]),
+        replicate=int(summary.get("replicate", 0)),
+        training=dict(summary.get("training", {})),
+        summary=summary,
+        objective=objective,
+        losses=losses,
+        bits_per_byte=bits,
+    )
+
+
+def _read_curves(folder: Path) -> dict[int, np.ndarray]:
+    curves = {}
+    for path in sorted(folder.glob("*.npy")):
+        if not path.stem.isdecimal():
+            continue
+        try:
+            curve = np.load(path, allow_pickle=False)
+        except (ValueError, EOFError, OSError) as error:
+            raise _damaged(path, f"not the losses of a proxy's steps ({error})") from error
+        if curve.ndim == 1 and len(curve):
+            curves[int(path.stem)] = curve
+    return curves

@@ -1,0 +1,306 @@
+"""Charts of losses: of the final models, of the surrogate, of the proxies' training.
+
+Enters: losses in nats by mixture, target and proxy. Leaves: `Chart`s as `plots` describes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from regmix.report.plots import Chart, label, roles, row_height
+
+# Each curve is thinned to this many points, and this many curves are drawn.
+CURVE_POINTS = 160
+MOST_CURVES = 48
+
+
+def _mean_std(values: Sequence[float]) -> tuple[float, float]:
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return float(np.mean(values)), spread
+
+
+def model_objective(losses: Mapping[str, Sequence[float]]) -> Chart:
+    """Return the final models' objective by mixture: a dot a model, the mean and its spread."""
+    colours = roles(list(losses))
+    data: list[dict[str, Any]] = []
+    for mixture, values in losses.items():
+        mean, spread = _mean_std(values)
+        name, colour = label(mixture), colours[mixture]
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "y": [name],
+                "x": [mean],
+                "error_x": {"type": "data", "array": [spread], "color": colour, "thickness": 2},
+                "marker": {"color": colour, "size": 15, "symbol": "diamond"},
+                "hovertemplate": f"mean %{{x:.4f}} ± {spread:.4f} nats<extra>{name}</extra>",
+            }
+        )
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "y": [name] * len(values),
+                "x": list(values),
+                "marker": {
+                    "color": "@surface",
+                    "size": 9,
+                    "line": {"color": colour, "width": 2},
+                },
+                "text": [f"seed {replicate}" for replicate in range(len(values))],
+                "hovertemplate": f"%{{text}}: %{{x:.4f}} nats<extra>{name}</extra>",
+            }
+        )
+    layout = {
+        "showlegend": False,
+        "xaxis": {
+            "title": {"text": "objective on held-out text [nats per token], lower is better"}
+        },
+        "yaxis": {"autorange": "reversed", "type": "category"},
+    }
+    return Chart(
+        identity="models",
+        height=row_height(len(losses), 46),
+        variants={"": {"data": data, "layout": layout}},
+    )
+
+
+def model_targets(
+    losses: Mapping[str, Mapping[str, Sequence[float]]], targets: Sequence[str], reference: str
+) -> Chart:
+    """Return loss by target and mixture, as it is and as the difference from `reference`.
+
+    losses: mixture -> target -> one loss a replicate [nats]; replicates of the mixtures pair up.
+    """
+    variants: dict[str, dict[str, Any]] = {}
+    others = [mixture for mixture in losses if mixture != reference]
+    if others:
+        differences = {
+            mixture: {
+                target: [
+                    value - base
+                    for value, base in zip(
+                        losses[mixture][target], losses[reference][target], strict=False
+                    )
+                ]
+                for target in targets
+            }
+            for mixture in others
+        }
+        title = f"loss minus that of {label(reference)} [nats per token], left is better"
+        variants[f"difference from {reference}"] = _target_dots(differences, targets, title, True)
+    title = "loss [nats per token]"
+    variants["loss"] = _target_dots(losses, targets, title, False)
+    return Chart(
+        identity="targets",
+        height=row_height(len(targets), 13 * len(losses) + 12),
+        variants=variants,
+    )
+
+
+def _target_dots(
+    losses: Mapping[str, Mapping[str, Sequence[float]]],
+    targets: Sequence[str],
+    title: str,
+    centred: bool,
+) -> dict[str, Any]:
+    colours = roles(list(losses))
+    data: list[dict[str, Any]] = []
+    for position, (mixture, by_target) in enumerate(losses.items()):
+        # Mixtures lie beside each other within the row of a target.
+        shift = (position - (len(losses) - 1) / 2) * 0.22
+        colour, name = colours[mixture], label(mixture)
+        rows = [row + shift for row in range(len(targets))]
+        means = [_mean_std(by_target[target]) for target in targets]
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": name,
+                "y": rows,
+                "x": [mean for mean, _ in means],
+                "error_x": {
+                    "type": "data",
+                    "array": [spread for _, spread in means],
+                    "color": colour,
+                    "thickness": 1.5,
+                    "width": 3,
+                },
+                "marker": {"color": colour, "size": 10, "symbol": "diamond"},
+                "text": [label(target) for target in targets],
+                "hovertemplate": "%{text}: %{x:.4f} nats<extra>" + name + "</extra>",
+            }
+        )
+        dots = [
+            (row, value)
+            for row, target in zip(rows, targets, strict=True)
+            for value in by_target[target]
+        ]
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "showlegend": False,
+                "hoverinfo": "skip",
+                "y": [row for row, _ in dots],
+                "x": [value for _, value in dots],
+                "marker": {"color": colour, "size": 5, "opacity": 0.55},
+            }
+        )
+    layout = {
+        "xaxis": {
+            "title": {"text": title},
+            "zeroline": centred,
+            "rangemode": "tozero" if centred else "normal",
+        },
+        "yaxis": {
+            "tickvals": list(range(len(targets))),
+            "ticktext": [label(target) for target in targets],
+            "range": [len(targets) - 0.4, -0.6],
+            "zeroline": False,
+        },
+    }
+    return {"data": data, "layout": layout}
+
+
+def prediction_scatter(
+    pairs: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    notes: Mapping[str, str],
+    indices: Sequence[int],
+) -> Chart:
+    """Return held-out prediction against truth, a variant for each target.
+
+    pairs: target -> (true [K], predicted [K]) in nats; notes: what to say about a target.
+    """
+    variants = {}
+    for target, (true, predicted) in pairs.items():
+        finite = np.isfinite(true) & np.isfinite(predicted)
+        both = np.concatenate([true[finite], predicted[finite]])
+        low, high = (float(both.min()), float(both.max())) if both.size else (0.0, 1.0)
+        edge = 0.04 * (high - low or 1.0)
+        line = [low - edge, high + edge]
+        kept = [index for index, keep in zip(indices, finite, strict=True) if keep]
+        data = [
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "x": line,
+                "y": line,
+                "line": {"color": "@muted", "width": 1, "dash": "dot"},
+                "hoverinfo": "skip",
+            },
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "x": predicted[finite].tolist(),
+                "y": true[finite].tolist(),
+                "marker": {"color": "@optimum", "size": 8, "opacity": 0.75},
+                "text": [f"proxy {index}" for index in kept],
+                "hovertemplate": "%{text}<br>predicted %{x:.4f} nats<br>true %{y:.4f} nats"
+                "<extra></extra>",
+            },
+        ]
+        layout = {
+            "showlegend": False,
+            "xaxis": {"title": {"text": "predicted loss, held out [nats per token]"}},
+            "yaxis": {"title": {"text": "true loss [nats per token]"}},
+            "annotations": [
+                {
+                    "xref": "paper",
+                    "yref": "paper",
+                    "x": 0.015,
+                    "y": 0.985,
+                    "xanchor": "left",
+                    "yanchor": "top",
+                    "align": "left",
+                    "showarrow": False,
+                    "text": label(notes.get(target, "")),
+                }
+            ],
+        }
+        variants[target] = {"data": data, "layout": layout}
+    return Chart(identity="prediction", height=430, variants=variants)
+
+
+def exchange_rates(rates: Mapping[str, Mapping[str, float]], domains: Sequence[str]) -> Chart:
+    """Return what a token of each domain is worth for each target, the best domain's being 1."""
+    targets = list(rates)
+    values = [[rates[target].get(domain, 0.0) for target in targets] for domain in domains]
+    data = [
+        {
+            "type": "heatmap",
+            "x": [label(target) for target in targets],
+            "y": [label(domain) for domain in domains],
+            "z": values,
+            "zmin": 0,
+            "zmax": 1,
+            "colorscale": "Cividis",
+            "texttemplate": "%{z:.2f}",
+            "xgap": 2,
+            "ygap": 2,
+            "colorbar": {"thickness": 12, "len": 0.9},
+            "hovertemplate": "a token of %{y} is worth %{z:.3f} for %{x}<extra></extra>",
+        }
+    ]
+    layout = {
+        "xaxis": {"title": {"text": "target"}, "showgrid": False, "type": "category"},
+        "yaxis": {
+            "title": {"text": "domain"},
+            "autorange": "reversed",
+            "showgrid": False,
+            "type": "category",
+        },
+    }
+    height = row_height(len(domains), 30)
+    return Chart(identity="rates", height=height, variants={"": {"data": data, "layout": layout}})
+
+
+def proxy_curves(curves: Mapping[int, np.ndarray], best: int | None) -> Chart:
+    """Return the proxies' training loss by step, smoothed; the best proxy stands out."""
+    data: list[dict[str, Any]] = []
+    shown = sorted(curves)
+    if len(shown) > MOST_CURVES:
+        chosen = np.linspace(0, len(shown) - 1, MOST_CURVES).round().astype(int)
+        shown = [shown[place] for place in chosen]
+    if best in curves:
+        shown = [index for index in shown if index != best] + [int(best or 0)]
+    for index in shown:
+        steps, losses = _thinned(curves[index])
+        standout = index == best
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "name": f"proxy {index}",
+                "x": steps,
+                "y": losses,
+                "opacity": 1.0 if standout else 0.35,
+                "line": {
+                    "color": "@best" if standout else "@muted",
+                    "width": 2.5 if standout else 1,
+                },
+                "hovertemplate": f"proxy {index}, step %{{x}}: %{{y:.3f}} nats<extra></extra>",
+            }
+        )
+    layout = {
+        "showlegend": False,
+        "xaxis": {"title": {"text": "step"}},
+        "yaxis": {"title": {"text": "training loss [nats per token]"}},
+    }
+    return Chart(identity="curves", height=380, variants={"": {"data": data, "layout": layout}})
+
+
+def _thinned(curve: np.ndarray) -> tuple[list[float], list[float]]:
+    """Return (steps, mean loss) of equal blocks of a curve; a non-finite block is left out."""
+    blocks = np.array_split(np.asarray(curve, dtype=np.float64), min(CURVE_POINTS, len(curve)))
+    ends = np.cumsum([len(block) for block in blocks])
+    pairs = [
+        (float(end - (len(block) - 1) / 2), round(float(block.mean()), 5))
+        for end, block in zip(ends, blocks, strict=True)
+        if np.isfinite(block).all()
+    ]
+    return [step for step, _ in pairs], [loss for _, loss in pairs]

@@ -1,0 +1,24 @@
+"""The C++ part of the build; everything else is in pyproject.toml.
+
+Enters: csrc/. Leaves: the extension `regmix._sampler`. Without a C++ compiler the package installs
+with a warning and Numba serves; REGMIX_REQUIRE_NATIVE=1 makes that an error.
+"""
+
+import os
+
+from pybind11.setup_helpers import Pybind11Extension
+from setuptools import setup
+
+setup(
+    ext_modules=[
+        Pybind11Extension(
+            "regmix._sampler",
+            ["csrc/bindings.cpp"],
+            depends=["csrc/sampler.hpp"],  # without it the sdist loses the header
+            include_dirs=["csrc"],
+            cxx_std=17,
+            extra_compile_args=[] if os.name == "nt" else ["-O3"],
+            optional=os.environ.get("REGMIX_REQUIRE_NATIVE") != "1",
+        )
+    ]
+)
