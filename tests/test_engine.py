@@ -94,9 +94,7 @@ def test_evaluations_along_the_way_survive_a_stop(
     assert_same(resumed, whole)
 
 
-def test_a_stack_equals_single_models(
-    job: StackJob, tiny_shards: ShardSet, tmp_path: Path
-) -> None:
+def test_a_stack_equals_single_models(job: StackJob, tiny_shards: ShardSet, tmp_path: Path) -> None:
     together = StackTrainer(job, tiny_shards).run()
     for position, member in enumerate(job.members):
         alone = dataclasses.replace(job, members=(member,), folder=str(tmp_path / member.name))

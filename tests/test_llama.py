@@ -84,9 +84,7 @@ def transformers_model(shape: ModelShape, state: dict[str, Tensor]) -> Any:
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", SHAPES)
-def test_logits_loss_and_gradients_are_those_of_transformers(
-    name: str, dtype: torch.dtype
-) -> None:
+def test_logits_loss_and_gradients_are_those_of_transformers(name: str, dtype: torch.dtype) -> None:
     shape = SHAPES[name]
     params, tokens = busy_parameters(shape, 3, dtype), tokens_of(shape, 3, 2, shape.seq_len + 1)
     grads, model = poisoned(params), StackedLlama(shape, group=2)
@@ -112,7 +110,7 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 def train(
     shape: ModelShape, seeds: list[int], tokens: Tensor, *, nan_row: int | None = None
 ) -> tuple[dict[str, Tensor], Tensor, StackedAdamW]:
-    """Train with `train_step` on tokens [steps, P, B, T+1]; return parameters, losses, optimizer."""
+    """Train on tokens [steps, P, B, T+1]; return parameters, losses and optimizer."""
     params = init_parameters(shape, seeds)
     if nan_row is not None:
         params["head"][nan_row, 0, 0] = float("nan")
@@ -142,7 +140,9 @@ def test_group_size_does_not_change_a_bit_at_a_preset(group: int) -> None:
     params, tokens = busy_parameters(PRESET, 8, torch.float32), tokens_of(PRESET, 8, 2, 33)
     expected, grads = poisoned(params), poisoned(params)
     losses = StackedLlama(PRESET).loss_and_grads(params, expected, tokens)
-    assert torch.equal(losses, StackedLlama(PRESET, group=group).loss_and_grads(params, grads, tokens))
+    assert torch.equal(
+        losses, StackedLlama(PRESET, group=group).loss_and_grads(params, grads, tokens)
+    )
     assert all(torch.equal(grads[name], expected[name]) for name in params)
 
 
@@ -164,9 +164,7 @@ def test_train_step_is_loss_and_grads_then_optimizer() -> None:
     other = init_parameters(PRESET, [5, 6, 7])
     grads, optimizer = poisoned(other), StackedAdamW(other, OptimConfig(lr=3e-3, warmup_steps=5))
     for step, batch in enumerate(tokens):
-        assert torch.equal(
-            StackedLlama(PRESET).loss_and_grads(other, grads, batch), losses[step]
-        )
+        assert torch.equal(StackedLlama(PRESET).loss_and_grads(other, grads, batch), losses[step])
         optimizer.step(grads, step)
     assert all(torch.equal(params[name], other[name]) for name in params)
 

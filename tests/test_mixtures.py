@@ -266,7 +266,7 @@ def test_swarm_names_bounds_that_clash(bounds: dict[str, dict[str, float]], mess
 
 
 def test_swarm_refuses_bounds_of_an_unknown_domain() -> None:
-    with pytest.raises(MixtureError, match="'wub'.*did you mean 'web'"):
+    with pytest.raises(MixtureError, match=r"'wub'.*did you mean 'web'"):
         draw_swarm(PRIOR, 4, seed=0, upper={"wub": 0.5})
 
 

@@ -27,7 +27,9 @@ def stack(num_proxies: int, seed: int = 0, scale: float = 1.0) -> dict[str, Tens
 def test_each_proxy_equals_torch_adamw_with_clip(scale: float) -> None:
     params = stack(3)
     singles = [[torch.nn.Parameter(v[row].clone()) for v in params.values()] for row in range(3)]
-    optimizers = [torch.optim.AdamW(s, lr=0.01, betas=(0.9, 0.95), weight_decay=0.1) for s in singles]
+    optimizers = [
+        torch.optim.AdamW(s, lr=0.01, betas=(0.9, 0.95), weight_decay=0.1) for s in singles
+    ]
     ours = StackedAdamW(params, OptimConfig(lr=0.01, warmup_steps=0))
     for step in range(5):
         grads = stack(3, seed=step + 1, scale=scale)

@@ -179,5 +179,3 @@ def test_settings_are_stored_without_the_absent_ones(study: Study) -> None:
 def test_an_objective_without_targets_is_refused(study: Study) -> None:
     with pytest.raises(ConfigError, match="empty"):
         dataclasses.replace(study.config, objective={})
-
-

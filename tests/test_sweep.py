@@ -15,7 +15,14 @@ from regmix.data.shards import ShardSet
 from regmix.errors import StudyError
 from regmix.study import Study, Training
 from regmix.swarm.drawing import SwarmRequest, add_mixtures, make_study
-from regmix.swarm.executors import Done, Event, LocalExecutor, Progress, stack_jobs
+from regmix.swarm.executors import (
+    Done,
+    Event,
+    LocalExecutor,
+    Progress,
+    stack_jobs,
+    worker_processes,
+)
 from regmix.swarm.ledger import Ledger
 from regmix.swarm.sweep import SweepOptions, Tally, run_sweep
 
@@ -130,14 +137,7 @@ def test_a_killed_worker_is_replaced_and_its_stack_goes_on(
 
     def kill_one(event: Event, _tally: Tally) -> None:
         if isinstance(event, Progress) and not killed:
-            # The worker's number is its stack's: the first two stacks go to workers 0 and 1.
-            children = subprocess.run(
-                ["pgrep", "-P", str(os.getpid()), "-f", "regmix.swarm.worker"],
-                capture_output=True,
-                text=True,
-                check=True,
-            )
-            killed.append(int(children.stdout.split()[0]))
+            killed.append(worker_processes(os.getpid())[0])
             os.kill(killed[0], signal.SIGKILL)
 
     result = run_sweep(study, SweepOptions(num_workers=2, stack_size=3), on_event=kill_one)
@@ -181,9 +181,7 @@ def test_a_mixture_changed_after_its_proxy_is_refused(study: Study) -> None:
         run_sweep(study, options)
 
 
-def test_a_stack_that_cannot_be_trained_is_reported(
-    study: Study, tiny_training: Training
-) -> None:
+def test_a_stack_that_cannot_be_trained_is_reported(study: Study, tiny_training: Training) -> None:
     from regmix.swarm.executors import Failed
     from regmix.swarm.sweep import stack_job, study_member
 

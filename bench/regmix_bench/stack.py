@@ -57,7 +57,9 @@ class Contender:
         """Name in the records."""
         layout = f"{self.processes} process{'es' * (self.processes > 1)} x {self.threads} thread"
         layout += "s" * (self.threads > 1)
-        words = f"stack of {self.stack}" if self.kind == "ours" else f"LlamaForCausalLM {self.variant}"
+        words = (
+            f"stack of {self.stack}" if self.kind == "ours" else f"LlamaForCausalLM {self.variant}"
+        )
         return f"{words}, {layout}"
 
 
@@ -111,6 +113,7 @@ def peer_step(case: Case, variant: str) -> tuple[Callable[[], None], int]:
 
     words = variant.split()
     shape = make_shape(case.preset, vocab_size=case.vocab_size, seq_len=case.seq_len)
+    settings: dict[str, Any] = {"attn_implementation": "eager" if "eager" in words else "sdpa"}
     config = LlamaConfig(
         vocab_size=shape.vocab_size,
         hidden_size=shape.width,
@@ -121,7 +124,7 @@ def peer_step(case: Case, variant: str) -> tuple[Callable[[], None], int]:
         rms_norm_eps=shape.norm_eps,
         tie_word_embeddings=False,
         use_cache=False,
-        attn_implementation="eager" if "eager" in words else "sdpa",
+        **settings,
     )
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).train()
@@ -232,14 +235,18 @@ def contenders(peers: tuple[str, ...] = PEERS) -> list[Contender]:
     return found
 
 
-def run_case(case: Case, *, seconds: float, rounds: int, peers: tuple[str, ...]) -> list[harness.Record]:
+def run_case(
+    case: Case, *, seconds: float, rounds: int, peers: tuple[str, ...]
+) -> list[harness.Record]:
     """Measure one case: pick the best of each kind and layout, then compare them in rounds."""
     best: dict[tuple[str, int], tuple[float, Contender]] = {}
     for contender in contenders(peers):
         runner = Runner(case, contender)
-        rate = runner.measure(seconds / 2) if runner.ready() else 0.0
+        ready = runner.ready()
+        rate = runner.measure(seconds / 2) if ready else 0.0
         runner.close()
-        print(f"  {contender.name}: {rate:.1f} proxy-steps/s", file=sys.stderr, flush=True)
+        words = f"{rate:.1f} proxy-steps/s" if ready else "does not start here"
+        print(f"  {contender.name}: {words}", file=sys.stderr, flush=True)
         key = (contender.kind, contender.processes)
         if key not in best or rate > best[key][0]:
             best[key] = (rate, contender)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import click
@@ -33,13 +34,14 @@ def command(
     from regmix.demo import DemoSize, run_demo
     from regmix.display import duration
 
-    given = {
-        "num_mixtures": num_mixtures,
-        "proxy_tokens": parse_count(proxy_tokens) if proxy_tokens else None,
-        "final_tokens": parse_count(final_tokens) if final_tokens else None,
-        "seeds": seeds,
-    }
-    size = DemoSize(**{name: value for name, value in given.items() if value is not None})
+    default = DemoSize()
+    size = dataclasses.replace(
+        default,
+        num_mixtures=num_mixtures or default.num_mixtures,
+        proxy_tokens=parse_count(proxy_tokens) if proxy_tokens else default.proxy_tokens,
+        final_tokens=parse_count(final_tokens) if final_tokens else default.final_tokens,
+        seeds=seeds or default.seeds,
+    )
 
     def run(words: Sequence[str]) -> None:
         cli.main(args=list(words), standalone_mode=False)

@@ -34,11 +34,12 @@ def command(study: str | None, as_json: bool) -> None:
     parts = {
         "fit": (opened.surrogate_path / "fit.json").exists(),
         "optimum": opened.optimum_path.exists(),
-        "models": sorted(p.parent.name for p in opened.models_path.glob("*/summary.json")),
         "report": opened.report_path.exists(),
     }
+    models = sorted(p.parent.name for p in opened.models_path.glob("*/summary.json"))
     if as_json:
-        click.echo(json.dumps({"proxies": counts, "failures": failures, **parts}))
+        state = {"proxies": counts, "failures": failures, "models": models, **parts}
+        click.echo(json.dumps(state))
         return
     click.echo(
         f"{num_mixtures} proxies: {counts['done']} done, {counts['pending']} pending, "
@@ -46,7 +47,6 @@ def command(study: str | None, as_json: bool) -> None:
     )
     for index, error in failures:
         click.echo(f"  proxy {index}: {error}")
-    click.echo(f"fit: {'done' if parts['fit'] else 'not yet'}")
-    click.echo(f"optimum: {'done' if parts['optimum'] else 'not yet'}")
-    click.echo(f"models: {', '.join(parts['models']) or 'none yet'}")
-    click.echo(f"report: {'done' if parts['report'] else 'not yet'}")
+    for name, done in parts.items():
+        click.echo(f"{name}: {'done' if done else 'not yet'}")
+    click.echo(f"models: {', '.join(models) or 'none yet'}")

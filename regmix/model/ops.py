@@ -94,9 +94,7 @@ def normalize_backward(
 # Rotary embedding, the halves convention of transformers' Llama.
 
 
-def rope_tables(
-    seq_len: int, head_dim: int, base: float, like: Tensor
-) -> tuple[Tensor, Tensor]:
+def rope_tables(seq_len: int, head_dim: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
     """Return cos and sin, [R/2, T] each."""
     steps = torch.arange(0, head_dim, 2, dtype=torch.float64, device=like.device) / head_dim
     positions = torch.arange(seq_len, dtype=torch.float64, device=like.device)

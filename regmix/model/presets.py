@@ -133,6 +133,9 @@ def make_shape(name: str, vocab_size: int | None = None, seq_len: int | None = N
     """Return a preset, with another vocabulary or sequence length where one is given."""
     if name not in PRESETS:
         raise ModelError(f"No model preset is called '{name}'", cure=nearest(name, PRESETS))
-    changes = {"vocab_size": vocab_size, "seq_len": seq_len}
-    given = {key: value for key, value in changes.items() if value is not None}
-    return dataclasses.replace(PRESETS[name], **given)
+    shape = PRESETS[name]
+    return dataclasses.replace(
+        shape,
+        vocab_size=shape.vocab_size if vocab_size is None else vocab_size,
+        seq_len=shape.seq_len if seq_len is None else seq_len,
+    )

@@ -253,14 +253,19 @@ def _read_optimum(path: Path, prior: Mapping[str, float]) -> dict[str, Any]:
 
 
 def _with_natural(table: dict[str, Any], prior: Mapping[str, float]) -> dict[str, Any]:
-    """Return an optimum whose baseline "prior" is called "natural" where it is the corpus as is."""
-    found = ((table.get("baselines") or {}).get("prior") or {}).get("weights") or []
+    """Return an optimum whose baseline "natural" is so called only where it is the corpus as is.
+
+    `optimize --prior FILE` gives it other weights.
+    """
+    found = ((table.get("baselines") or {}).get("natural") or {}).get("weights")
     natural = [prior.get(domain, 0.0) for domain in table["domains"]]
-    if len(found) != len(natural) or not np.allclose(found, natural, atol=1e-9):
+    if found is None or (
+        len(found) == len(natural) and np.allclose(found, natural, rtol=0, atol=1e-6)
+    ):
         return table
     gains = table.get("gain_nats") or {}
-    renamed = {("natural" if name == "prior" else name): gain for name, gain in gains.items()}
-    verdict = str(table.get("verdict") or "").replace("'prior'", "the natural mixture")
+    renamed = {("given prior" if name == "natural" else name): g for name, g in gains.items()}
+    verdict = str(table.get("verdict") or "").replace("'natural'", "the given prior")
     return {**table, "gain_nats": renamed, "verdict": verdict}
 
 

@@ -246,16 +246,10 @@ def exchange_rates(rates: Mapping[str, Mapping[str, float]], domains: Sequence[s
             "hovertemplate": "a token of %{y} is worth %{z:.3f} for %{x}<extra></extra>",
         }
     ]
-    layout = {
-        "xaxis": {"title": {"text": "target"}, "showgrid": False, "type": "category"},
-        "yaxis": {
-            "title": {"text": "domain"},
-            "autorange": "reversed",
-            "showgrid": False,
-            "type": "category",
-        },
-    }
-    height = row_height(len(domains), 30)
+    plain = {"showgrid": False, "type": "category"}
+    layout = {"xaxis": plain, "yaxis": plain | {"autorange": "reversed"}}
+    # Names of targets may be tilted, and then need their own room.
+    height = row_height(len(domains), 30) + 70
     return Chart(identity="rates", height=height, variants={"": {"data": data, "layout": layout}})
 
 

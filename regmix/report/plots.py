@@ -93,7 +93,8 @@ def mixture_bars(domains: Sequence[str], mixtures: Mapping[str, Mapping[str, flo
         "yaxis": {"autorange": "reversed", "showgrid": False},
         "legend": {"traceorder": "normal"},
     }
-    height = row_height(len(domains), 12 * len(mixtures) + 14)
+    per_bar = 12 if len(domains) <= 8 else 8
+    height = row_height(len(domains), (per_bar + 1) * len(mixtures) + 10)
     return Chart(identity="mixture", height=height, variants={"": {"data": data, "layout": layout}})
 
 

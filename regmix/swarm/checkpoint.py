@@ -41,22 +41,23 @@ def save_checkpoint(
 def write_tensors(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     """Write tensors and a JSON state to one safetensors file that carries its own checksum."""
     text = json.dumps(state, sort_keys=True)
-    metadata = {"state": text, "xxh3_64": _digest(tensors, text)}
+    # One key: safetensors writes several in no fixed order, and equal files must be equal bytes.
+    record = json.dumps({"state": text, "xxh3_64": _digest(tensors, text)})
     with atomic_open(path) as stream:
-        stream.write(save(tensors, metadata=metadata))
+        stream.write(save(tensors, metadata={"regmix": record}))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `write_tensors` wrote; `ValueError` where the file is damaged."""
     try:
         with storage_errors(path), safetensors.safe_open(path, framework="pt") as stream:
-            metadata = stream.metadata() or {}
+            record = json.loads((stream.metadata() or {})["regmix"])
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
-        text = metadata["state"]
+        text = record["state"]
         state = json.loads(text)
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a complete checkpoint ({error})") from error
-    if metadata.get("xxh3_64") != _digest(tensors, text):
+    if record.get("xxh3_64") != _digest(tensors, text):
         raise ValueError(f"{path}: its content does not match its checksum")
     return tensors, state
 

@@ -33,7 +33,7 @@ from regmix.model.optim import StackedAdamW
 from regmix.study import Training
 from regmix.swarm.checkpoint import load_newest, save_checkpoint
 
-CHECKPOINT_SECONDS = 30.0
+CHECKPOINT_SECONDS = 15.0
 REPORT_SECONDS = 0.5
 EVAL_SEQUENCES = 16
 

@@ -65,7 +65,8 @@ class _WorkerProcess:
     def __init__(
         self, number: int, inbox: queue.Queue, threads: int, logs: Path, inherited: int | None
     ) -> None:
-        self.number, self.job, self.alive = number, None, True
+        self.number, self.alive = number, True
+        self.job: StackJob | None = None
         environment = {
             **os.environ,
             "PYTHONSAFEPATH": "1",
@@ -88,7 +89,6 @@ class _WorkerProcess:
             )
         finally:
             log.close()
-        self.job: StackJob | None
         threading.Thread(target=self._read, args=(inbox,), daemon=True).start()
 
     def _read(self, inbox: queue.Queue) -> None:
@@ -253,3 +253,18 @@ def stack_jobs(
         stacks.append(list(members[start:end]))
         start = end
     return stacks
+
+
+def worker_processes(coordinator: int) -> list[int]:
+    """Return the process ids of a coordinator's living workers (Linux; elsewhere none)."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            # pid (name) state ppid: the name may hold spaces, so count from its last bracket.
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError, IndexError):
+            continue
+        if parent == coordinator and b"regmix.swarm.worker" in words:
+            found.append(int(entry.name))
+    return sorted(found)

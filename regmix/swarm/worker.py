@@ -54,7 +54,8 @@ def train_job(
     folder = Path(job.folder)
     done = folder / RESULT_FILE
     if done.is_file():
-        return json.loads(done.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+        table: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
+        return table
     if shards is None:
         shards = ShardSet.open(job.shards)
     result = StackTrainer(job, shards).run(report=report, should_stop=should_stop)
@@ -74,7 +75,7 @@ def _write_result(job: StackJob, result: StackResult) -> dict[str, Any]:
         )
         with atomic_open(folder / f"{member.name}.npy") as stream:
             np.save(stream, result.train_losses[:, position], allow_pickle=False)
-    table = {
+    table: dict[str, Any] = {
         "losses": result.losses.tolist(),
         "failed": result.failed.tolist(),
         "evaluations": [[step, losses.tolist()] for step, losses in result.evaluations],
@@ -82,9 +83,10 @@ def _write_result(job: StackJob, result: StackResult) -> dict[str, Any]:
         "tokens": result.tokens,
     }
     # JSON has no NaN that every reader takes: a failed member's losses are null.
+    table = _without_nan(table)
     with atomic_open(folder / RESULT_FILE, "w") as stream:
-        json.dump(_without_nan(table), stream)
-    return _without_nan(table)  # type: ignore[no-any-return]
+        json.dump(table, stream)
+    return table
 
 
 def _without_nan(value: Any) -> Any:
