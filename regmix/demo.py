@@ -117,7 +117,7 @@ def commands(
     mixtures = [word for name in ("optimum", *BASELINES) for word in ("--mixture", name)]
     return [
         ["pack", str(corpus), "--out", shards, "--train-bpe", str(size.vocab_size),
-         "--valid-fraction", "0.06"],
+         "--valid-fraction", "0.1"],
         ["mixtures", study, "--shards", shards, "--num", str(size.num_mixtures),
          "--target", ",".join(objective), "--model", size.proxy_model,
          "--tokens", str(size.proxy_tokens), *batch, "--learning-rate", "1e-2",

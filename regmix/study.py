@@ -116,12 +116,17 @@ class Study:
     def create(cls, path: Path | str, config: StudyConfig) -> Study:
         """Write `study.toml` into a new folder; `StudyError` where a study is there already."""
         path = Path(path).absolute()
-        if (path / "study.toml").exists():
-            raise StudyError(f"{path} holds a study already", cure="Name another folder")
+        cls.refuse_existing(path)
         with storage_errors(path):
             path.mkdir(parents=True, exist_ok=True)
         write_toml(path / "study.toml", as_table(config))
         return cls(path, config)
+
+    @staticmethod
+    def refuse_existing(path: Path) -> None:
+        """Raise `StudyError` where `path` holds a study."""
+        if (path / "study.toml").exists():
+            raise StudyError(f"{path} holds a study already", cure="Name another folder")
 
     @classmethod
     def open(cls, path: Path | str) -> Study:

@@ -179,3 +179,22 @@ def test_settings_are_stored_without_the_absent_ones(study: Study) -> None:
 def test_an_objective_without_targets_is_refused(study: Study) -> None:
     with pytest.raises(ConfigError, match="empty"):
         dataclasses.replace(study.config, objective={})
+
+
+def test_the_samplers_constants_can_be_set(
+    tiny_shards: ShardSet, tiny_training: Training, tmp_path: Path
+) -> None:
+    def drawn(name: str, **options: float) -> bytes:
+        study = make_study(
+            tmp_path / name,
+            tiny_shards,
+            swarm=SwarmRequest(num=5, sampler="regmix", options=options or None),
+            training=tiny_training,
+            objective={"animals": 1.0},
+        )
+        return study.mixtures_path.read_bytes()
+
+    assert drawn("a") == drawn("b", temperature=0.5, num_strengths=15)
+    assert drawn("c", temperature=1.0) != drawn("a2")
+    with pytest.raises(ConfigError, match="did you mean 'temperature'"):
+        drawn("d", temperatur=1.0)

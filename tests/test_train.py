@@ -195,3 +195,40 @@ def test_models_are_compared_best_first(study: Study, request_of: TrainRequest) 
     assert first.mean <= second.mean
     assert first.spread is not None
     assert set(first.targets) == {"animals", "colours", "numbers"}
+
+
+def test_a_stack_killed_while_it_was_collected_is_collected_and_not_trained_again(
+    study: Study, request_of: TrainRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from regmix.large import train
+
+    class KilledError(BaseException):
+        pass
+
+    write = train.write_json
+    summaries = []
+
+    def killed_at_the_second_summary(path: Path, table: object) -> None:
+        if path.name == "summary.json":
+            summaries.append(path)
+            if len(summaries) == 2:
+                raise KilledError
+        write(path, table)
+
+    request = dataclasses.replace(request_of, num_workers=1)
+    monkeypatch.setattr(train, "write_json", killed_at_the_second_summary)
+    with pytest.raises(KilledError):
+        run_training(study, request)
+    monkeypatch.setattr(train, "write_json", write)
+    (first,) = study.models_path.glob("*/summary.json")
+    kept = first.stat().st_mtime_ns
+    steps: list[int] = []
+
+    def note(event: Event, _tally: Tally) -> None:
+        if isinstance(event, Progress):
+            steps.append(event.step)
+
+    assert len(run_training(study, request, on_event=note)) == 4
+    assert steps == []
+    assert len(list(study.models_path.glob("*/summary.json"))) == 4
+    assert first.stat().st_mtime_ns == kept

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from typing import TYPE_CHECKING
+
 import click
+
+from regmix.cli.training import training_options
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from regmix.data.mixtures import DomainCoverage
+    from regmix.study import Study
 
 
 @click.command()
@@ -25,6 +37,13 @@ import click
     show_default=True,
     help="bounded keeps rare domains visible; regmix is the paper's.",
 )
+@click.option(
+    "--sampler-option",
+    "settings",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="A constant of the sampler, for example temperature=0.5; repeatable.",
+)
 @click.option("--lower", multiple=True, metavar="DOMAIN=W", help="Smallest weight of a domain.")
 @click.option("--upper", multiple=True, metavar="DOMAIN=W", help="Largest weight of a domain.")
 @click.option(
@@ -34,28 +53,11 @@ import click
     show_default=True,
     help="Objective: a target, `mean`, or a=0.5,b=0.5.",
 )
-@click.option("--model", default="cpu-64", show_default=True, help="The proxy: preset or TOML.")
+@training_options(model="cpu-64", tokens="2M", learning_rate=3e-3)
 @click.option(
     "--vocab-size",
     type=click.IntRange(min=2),
     help="Padded vocabulary; default: the corpus's, up to a multiple of 64.",
-)
-@click.option("--tokens", default="2M", show_default=True, help="Training tokens of a proxy.")
-@click.option("--seq-len", type=click.IntRange(min=1), help="Tokens of a sequence.")
-@click.option(
-    "--batch-size",
-    type=click.IntRange(min=1),
-    default=16,
-    show_default=True,
-    help="Sequences of a step.",
-)
-@click.option("--learning-rate", type=float, default=3e-3, show_default=True)
-@click.option("--warmup-steps", type=click.IntRange(min=0), default=50, show_default=True)
-@click.option(
-    "--schedule",
-    type=click.Choice(["constant", "cosine", "wsd"]),
-    default="cosine",
-    show_default=True,
 )
 @click.option(
     "--eval-tokens",
@@ -71,6 +73,7 @@ import click
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the draw.")
 @click.option("--data-seed", type=int, default=0, show_default=True)
 @click.option("--init-seed", type=int, default=0, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the coverage by domain as JSON.")
 def command(
     study: str | None,
     shards: str | None,
@@ -78,22 +81,24 @@ def command(
     add: bool,
     source: str | None,
     sampler: str,
+    settings: tuple[str, ...],
     lower: tuple[str, ...],
     upper: tuple[str, ...],
     objective: str,
     model: str,
-    vocab_size: int | None,
     tokens: str,
     seq_len: int | None,
     batch_size: int,
     learning_rate: float,
     warmup_steps: int,
     schedule: str,
+    vocab_size: int | None,
     eval_tokens: str,
     eval_every: int | None,
     seed: int,
     data_seed: int,
     init_seed: int,
+    as_json: bool,
 ) -> None:
     """Make STUDY: draw mixtures of the corpus's domains to train one proxy on each.
 
@@ -103,13 +108,19 @@ def command(
     from pathlib import Path
 
     from regmix.cli.words import parse_count, parse_objective, parse_pairs, training_from
+    from regmix.data.mixtures import MixtureTable, coverage
     from regmix.data.shards import ShardSet
     from regmix.errors import StudyError
     from regmix.study import Study, find_study
     from regmix.swarm.drawing import SwarmRequest, add_mixtures, make_study
 
     request = SwarmRequest(
-        num=num, sampler=sampler, seed=seed, lower=parse_pairs(lower), upper=parse_pairs(upper)
+        num=num,
+        sampler=sampler,
+        seed=seed,
+        lower=parse_pairs(lower),
+        upper=parse_pairs(upper),
+        options=parse_pairs(settings),
     )
     path = Path(study) if study else find_study(None)
     if add:
@@ -143,28 +154,29 @@ def command(
             data_seed=data_seed,
             init_seed=init_seed,
         )
-    show_coverage(opened)
+    drawn = MixtureTable.read_csv(opened.mixtures_path)
+    rows = coverage(drawn, opened.config.prior)
+    if as_json:
+        click.echo(json.dumps({row.domain: dataclasses.asdict(row) for row in rows}))
+        return
+    show_coverage(opened, len(drawn), rows)
     click.echo(f"Next: regmix-fast proxies {study or ''}".rstrip())
 
 
-def show_coverage(study: object) -> None:
+def show_coverage(study: Study, num_mixtures: int, rows: Sequence[DomainCoverage]) -> None:
     """Print, by domain, how the drawn mixtures cover it."""
     from rich.table import Table
 
-    from regmix.data.mixtures import MixtureTable, coverage
     from regmix.display import console, count
-    from regmix.study import Study
 
-    assert isinstance(study, Study)
-    drawn = MixtureTable.read_csv(study.mixtures_path)
     proxy = study.config.proxy
     table = Table(
-        title=f"{len(drawn.indices)} mixtures, one proxy of {count(proxy.tokens)} tokens each",
+        title=f"{num_mixtures} mixtures, one proxy of {count(proxy.tokens)} tokens each",
         title_justify="left",
     )
     for heading in ("domain", "tokens", "natural", "in mixtures", "smallest", "median", "largest"):
         table.add_column(heading, justify="left" if heading == "domain" else "right")
-    for row in coverage(drawn, study.config.prior):
+    for row in rows:
         table.add_row(
             row.domain,
             count(study.config.available_tokens[row.domain]),

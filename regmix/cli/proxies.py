@@ -39,41 +39,17 @@ def command(
     \b
     Example:  regmix-fast proxies study --workers 2
     """
-    from regmix.display import Progress
+    from regmix.cli.training import TrainingDisplay, refuse_gpus
     from regmix.errors import RegmixError
     from regmix.study import Study, find_study
-    from regmix.swarm.cost import Cost
-    from regmix.swarm.executors import Event
-    from regmix.swarm.sweep import SweepOptions, Tally, run_sweep
+    from regmix.swarm.sweep import SweepOptions, run_sweep
 
-    if gpus is not None:
-        refuse_gpus(gpus)
+    refuse_gpus(gpus)
     opened = Study.open(find_study(study))
     options = SweepOptions(num_workers=workers, threads=threads, stack_size=stack_size)
-    progress: Progress | None = None
-
-    def on_start(cost: Cost, tally: Tally) -> None:
-        nonlocal progress
-        click.echo(f"Cost: {cost} ({options.workers} workers)", err=True)
-        if dry_run:
-            raise click.exceptions.Exit(0)
-        progress = Progress("proxies", total=tally.total_tokens, unit="tokens")
-        progress.__enter__()
-
-    def on_event(event: Event, tally: Tally) -> None:
-        assert progress is not None
-        progress.update(
-            tally.tokens,
-            models=f"{tally.models_done}/{tally.num_models}",
-            speed=f"{tally.tokens_per_second / 1000:,.0f}k tokens/s",
-            loss=f"{tally.loss_nats:.3f} nats",
-        )
-
-    try:
-        result = run_sweep(opened, options, on_start=on_start, on_event=on_event)
-    finally:
-        if progress is not None:
-            progress.__exit__(None, None, None)
+    remark = f"{options.workers} workers"
+    with TrainingDisplay("proxies", dry_run=dry_run, remark=remark) as display:
+        result = run_sweep(opened, options, on_start=display.on_start, on_event=display.on_event)
     if as_json:
         click.echo(json.dumps(vars(result)))
     else:
@@ -83,25 +59,7 @@ def command(
     if result.num_failed:
         raise RegmixError(
             f"{result.num_failed} proxies failed",
-            cure="`fit` leaves them out; see the reasons above and the study's logs/",
+            cure="`fit --partial` goes on without them; see the reasons above and the study's logs/",
         )
     if not as_json:
         click.echo(f"Next: regmix-fast fit {study or ''}".rstrip())
-
-
-def refuse_gpus(gpus: int) -> None:
-    """Raise where the GPUs that were asked for cannot be used, saying how to go on."""
-    import torch
-
-    from regmix.errors import StudyError
-
-    found = torch.cuda.device_count()
-    if gpus > found:
-        raise StudyError(
-            f"--gpus {gpus}: this machine has {found} GPUs",
-            cure="Leave --gpus out to train on the CPU" if not found else f"Use --gpus {found}",
-        )
-    raise StudyError(
-        f"--gpus {gpus}: this version trains on the CPU only",
-        cure="Leave --gpus out; the GPU engine comes with a later version",
-    )

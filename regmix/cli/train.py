@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import click
 
+from regmix.cli.training import TrainingDisplay, refuse_gpus, training_options
+
 
 @click.command()
 @click.argument("study", required=False)
-@click.option("--model", default="cpu-128", show_default=True, help="Preset, or a TOML file.")
 @click.option(
     "--mixture",
     "mixtures",
@@ -25,31 +27,16 @@ import click
     show_default=True,
     help="Models of each mixture, every one with seeds of its own.",
 )
-@click.option("--tokens", default="10M", show_default=True, help="Training tokens of a model.")
-@click.option("--seq-len", type=click.IntRange(min=1), help="Tokens of a sequence.")
-@click.option(
-    "--batch-size",
-    type=click.IntRange(min=1),
-    default=16,
-    show_default=True,
-    help="Sequences of a step.",
-)
-@click.option("--learning-rate", type=float, default=1e-3, show_default=True)
-@click.option("--warmup-steps", type=click.IntRange(min=0), default=50, show_default=True)
-@click.option(
-    "--schedule",
-    type=click.Choice(["constant", "cosine", "wsd"]),
-    default="cosine",
-    show_default=True,
-)
+@training_options(model="cpu-128", tokens="10M", learning_rate=3e-3)
 @click.option("--workers", type=click.IntRange(min=1), help="Processes; default: one a core.")
 @click.option("--gpus", type=click.IntRange(min=1), help="GPUs to use; default: the CPU.")
 @click.option("--dry-run", is_flag=True, help="Show the data and the cost, and stop.")
+@click.option("--json", "as_json", is_flag=True, help="Print the models' folders as JSON.")
 def command(
     study: str | None,
-    model: str,
     mixtures: tuple[str, ...],
     seeds: int,
+    model: str,
     tokens: str,
     seq_len: int | None,
     batch_size: int,
@@ -59,23 +46,18 @@ def command(
     workers: int | None,
     gpus: int | None,
     dry_run: bool,
+    as_json: bool,
 ) -> None:
     """Train the large model of STUDY on a mixture; run it again to resume.
 
     \b
     Example:  regmix-fast train study --model cpu-128 --mixture optimum --mixture natural --seeds 3
     """
-    from regmix.cli.proxies import refuse_gpus
     from regmix.cli.words import parse_count, training_from
-    from regmix.display import Progress
     from regmix.large.train import TrainRequest, plan_domains, resolve_mixture, run_training
     from regmix.study import Study, find_study
-    from regmix.swarm.cost import Cost
-    from regmix.swarm.executors import Event
-    from regmix.swarm.sweep import Tally
 
-    if gpus is not None:
-        refuse_gpus(gpus)
+    refuse_gpus(gpus)
     opened = Study.open(find_study(study))
     shards = opened.open_shards()
     training = training_from(
@@ -102,31 +84,12 @@ def command(
         uses = plan_domains(shards, mixture, training)
         shown = ", ".join(f"{d} {use.epochs:.2f}" for d, use in sorted(uses.items()))
         click.echo(f"{name}: epochs by domain: {shown}", err=True)
-    progress: Progress | None = None
-
-    def on_start(cost: Cost, tally: Tally) -> None:
-        nonlocal progress
-        parameters = training.shape.num_parameters
-        click.echo(f"Cost: {cost}; {parameters / 1e6:.2f}M parameters a model", err=True)
-        if dry_run:
-            raise click.exceptions.Exit(0)
-        progress = Progress("train", total=tally.total_tokens, unit="tokens")
-        progress.__enter__()
-
-    def on_event(event: Event, tally: Tally) -> None:
-        assert progress is not None
-        progress.update(
-            tally.tokens,
-            models=f"{tally.models_done}/{tally.num_models}",
-            speed=f"{tally.tokens_per_second / 1000:,.0f}k tokens/s",
-            loss=f"{tally.loss_nats:.3f} nats",
-        )
-
-    try:
-        names = run_training(opened, request, on_start=on_start, on_event=on_event)
-    finally:
-        if progress is not None:
-            progress.__exit__(None, None, None)
-    for name in names:
-        click.echo(f"{opened.models_path / name}")
+    remark = f"{training.shape.num_parameters / 1e6:.2f}M parameters a model"
+    with TrainingDisplay("train", dry_run=dry_run, remark=remark) as display:
+        names = run_training(opened, request, on_start=display.on_start, on_event=display.on_event)
+    folders = [str(opened.models_path / name) for name in names]
+    if as_json:
+        click.echo(json.dumps({"models": folders}))
+        return
+    click.echo("\n".join(folders))
     click.echo(f"Next: regmix-fast evaluate {study or ''}".rstrip())

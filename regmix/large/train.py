@@ -106,7 +106,7 @@ def run_training(
     ]
     with study.lock() as descriptor:
         waiting = [m for m in members if not _is_trained(study, m, request.training)]
-        resumed = _unfinished_jobs(study, waiting, request.training)
+        resumed = _unfinished_jobs(study, members, waiting, request.training)
         held = {member.name for job in resumed for member in job.members}
         planned = _plan(study, [m for m in waiting if m.name not in held], request)
         jobs = resumed + planned
@@ -155,13 +155,17 @@ def _is_trained(study: Study, member: Member, training: Training) -> bool:
     )
 
 
-def _unfinished_jobs(study: Study, waiting: Sequence[Member], training: Training) -> list[StackJob]:
-    asked = {member.name: member for member in waiting}
+def _unfinished_jobs(
+    study: Study, members: Sequence[Member], waiting: Sequence[Member], training: Training
+) -> list[StackJob]:
+    """Return the stacks that were begun and hold a waiting model; one may be half collected."""
+    asked = {member.name: member for member in members}
+    missing = {member.name for member in waiting}
     jobs = []
     for path in sorted(study.stacks_path.glob("train-*/job.json")):
         stored = StackJob.from_table(read_json(path))
         same = all(asked.get(member.name) == member for member in stored.members)
-        if same and stored.training == training:
+        if same and stored.training == training and missing & {m.name for m in stored.members}:
             jobs.append(
                 stack_job(study, stored.name, stored.members, stored.training, stored.threads)
             )

@@ -12,21 +12,54 @@ from pathlib import Path
 
 import numpy as np
 
+from regmix.config import build
+from regmix.data.draws import BoundedOptions, RegmixOptions
 from regmix.data.mixtures import MixtureTable, draw_swarm, read_mixture_yaml
 from regmix.data.shards import ShardSet
 from regmix.errors import MixtureError, StudyError, nearest
 from regmix.study import Study, StudyConfig, Training, relative_to_study
 
+_OPTIONS: dict[str, type[BoundedOptions] | type[RegmixOptions]] = {
+    "bounded": BoundedOptions,
+    "regmix": RegmixOptions,
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class SwarmRequest:
-    """sampler: `bounded` or `regmix`; seed: of the draw; lower, upper: bounds by domain."""
+    """sampler: `bounded` or `regmix`; seed: of the draw; lower, upper: bounds by domain.
+
+    options: the sampler's constants by name, as `BoundedOptions` or `RegmixOptions` has them.
+    """
 
     num: int
     sampler: str = "bounded"
     seed: int = 0
     lower: Mapping[str, float] | None = None
     upper: Mapping[str, float] | None = None
+    options: Mapping[str, float] | None = None
+
+    def draw(
+        self, prior: Mapping[str, float], existing: MixtureTable | None = None
+    ) -> MixtureTable:
+        """Return the mixtures asked for, unlike any of `existing`."""
+        options: BoundedOptions | RegmixOptions | None = None
+        if self.options is not None:
+            kind = _OPTIONS.get(self.sampler)
+            if kind is not None:
+                # Constants come from the command line as numbers: whole ones are counts.
+                values = {k: int(v) if v == int(v) else v for k, v in self.options.items()}
+                options = build(kind, values, where="sampler option")
+        return draw_swarm(
+            prior,
+            self.num,
+            sampler=self.sampler,
+            seed=self.seed,
+            lower=self.lower,
+            upper=self.upper,
+            options=options,
+            existing=existing,
+        )
 
 
 def natural_mixture(shards: ShardSet) -> dict[str, float]:
@@ -62,14 +95,7 @@ def make_study(
     else:
         if swarm is None:
             raise StudyError("no mixtures", cure="Draw some, or name a file of them")
-        table = draw_swarm(
-            prior,
-            swarm.num,
-            sampler=swarm.sampler,
-            seed=swarm.seed,
-            lower=swarm.lower,
-            upper=swarm.upper,
-        )
+        table = swarm.draw(prior)
         record = {key: str(value) for key, value in asdict(swarm).items() if value is not None}
     path = Path(path).absolute()
     config = StudyConfig(
@@ -85,25 +111,17 @@ def make_study(
         init_seed=init_seed,
         swarm=record,
     )
-    study = Study.create(path, config)
-    table.write_csv(study.mixtures_path)
-    return study
+    # study.toml comes last: a folder that has it is a whole study.
+    Study.refuse_existing(path)
+    table.write_csv(Study(path, config).mixtures_path)
+    return Study.create(path, config)
 
 
 def add_mixtures(study: Study, swarm: SwarmRequest) -> MixtureTable:
     """Draw more mixtures for a study, unlike those it has; returns all of them."""
     with study.lock():
         table = MixtureTable.read_csv(study.mixtures_path)
-        drawn = draw_swarm(
-            study.config.prior,
-            swarm.num,
-            sampler=swarm.sampler,
-            seed=swarm.seed,
-            lower=swarm.lower,
-            upper=swarm.upper,
-            existing=table,
-        )
-        extended = table.extended(drawn)
+        extended = table.extended(swarm.draw(study.config.prior, table))
         extended.write_csv(study.mixtures_path)
     return extended
 

@@ -121,7 +121,6 @@ class StackTrainer:
             )
         self.model = StackedLlama(training.shape)
         self.parameters = init_parameters(training.shape, [m.init_seed for m in job.members])
-        self.gradients = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         self.optimizer = StackedAdamW(self.parameters, training.optim)
         self.samplers = [
             MixtureSampler(
@@ -183,8 +182,9 @@ class StackTrainer:
         """Train every member for one step."""
         training = self.job.training
         tokens_PBT1 = torch.from_numpy(self.stack.batch(self.step))
-        losses_P = self.model.loss_and_grads(self.parameters, self.gradients, tokens_PBT1)
-        self.optimizer.step(self.gradients, self.step)
+        losses_P, _norms_P = self.model.train_step(
+            self.parameters, self.optimizer, tokens_PBT1, self.step
+        )
         self.train_losses[self.step] = losses_P.numpy()
         self.step += 1
         every = training.eval_every

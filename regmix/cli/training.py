@@ -1,0 +1,116 @@
+"""What `mixtures`, `proxies` and `train` share: how a model is trained, and the live display.
+
+Enters: click's parameters; the sweep's cost and events. Leaves: options, a `Training`, and a
+display that shows models done, tokens per second, the loss and the time that is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from regmix.display import Progress
+    from regmix.swarm.cost import Cost
+    from regmix.swarm.executors import Event
+    from regmix.swarm.sweep import Tally
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def training_options(
+    *, model: str, tokens: str, learning_rate: float
+) -> Callable[[Command], Command]:
+    """Add the options that say how a model is trained, with these defaults."""
+    options = [
+        click.option("--model", default=model, show_default=True, help="A preset, or a TOML file."),
+        click.option(
+            "--tokens", default=tokens, show_default=True, help="Training tokens of one model."
+        ),
+        click.option("--seq-len", type=click.IntRange(min=1), help="Tokens of a sequence."),
+        click.option(
+            "--batch-size",
+            type=click.IntRange(min=1),
+            default=16,
+            show_default=True,
+            help="Sequences of a step.",
+        ),
+        click.option("--learning-rate", type=float, default=learning_rate, show_default=True),
+        click.option("--warmup-steps", type=click.IntRange(min=0), default=50, show_default=True),
+        click.option(
+            "--schedule",
+            type=click.Choice(["constant", "cosine", "wsd"]),
+            default="cosine",
+            show_default=True,
+        ),
+    ]
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+class TrainingDisplay:
+    """Shows the cost, then the progress; `dry_run` ends the command after the cost."""
+
+    def __init__(self, title: str, *, dry_run: bool, remark: str) -> None:
+        self.title, self.dry_run, self.remark = title, dry_run, remark
+        self._progress: Progress | None = None
+
+    def on_start(self, cost: Cost, tally: Tally) -> None:
+        """Show the cost; raises click's `Exit` in a dry run."""
+        from regmix.display import Progress
+
+        click.echo(f"Cost: {cost} ({self.remark})", err=True)
+        if self.dry_run:
+            raise click.exceptions.Exit(0)
+        self._progress = Progress(self.title, total=tally.total_tokens, unit="tokens")
+        self._progress.__enter__()
+
+    def on_event(self, _event: Event, tally: Tally) -> None:
+        """Show how far it is."""
+        assert self._progress is not None
+        self._progress.update(
+            tally.tokens,
+            models=f"{tally.models_done}/{tally.num_models}",
+            speed=f"{tally.tokens_per_second / 1000:,.0f}k tokens/s",
+            loss=f"{tally.loss_nats:.3f} nats",
+        )
+
+    def __enter__(self) -> TrainingDisplay:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._progress is not None:
+            self._progress.__exit__(kind, error, trace)
+
+
+def refuse_gpus(gpus: int | None) -> None:
+    """Raise where the GPUs that were asked for cannot be used, saying how to go on."""
+    if gpus is None:
+        return
+    import torch
+
+    from regmix.errors import StudyError
+
+    found = torch.cuda.device_count()
+    if gpus > found:
+        raise StudyError(
+            f"--gpus {gpus}: this machine has {found} GPUs",
+            cure="Leave --gpus out to train on the CPU" if not found else f"Use --gpus {found}",
+        )
+    raise StudyError(
+        f"--gpus {gpus}: this version trains on the CPU only",
+        cure="Leave --gpus out; the GPU engine comes with a later version",
+    )
