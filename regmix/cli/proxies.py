@@ -59,7 +59,7 @@ def command(
     if result.num_failed:
         raise RegmixError(
             f"{result.num_failed} proxies failed",
-            cure="`fit --partial` goes on without them; see the reasons above and the study's logs/",
+            cure="`fit --partial` goes on without them; the reasons are above and in logs/",
         )
     if not as_json:
         click.echo(f"Next: regmix-fast fit {study or ''}".rstrip())
