@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from regmix.config import as_table, build, read_toml, write_toml
 from regmix.errors import ConfigError, StudyError, nearest
@@ -210,22 +210,3 @@ def relative_to_study(target: Path, study: Path) -> str:
     if common == Path(common.anchor):
         return str(target)
     return os.path.relpath(target, study)
-
-
-def environment_record() -> dict[str, Any]:
-    """Return the versions and the machine that a result was made with."""
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions = {}
-    for package in ("regmix-fast", "torch", "numpy", "lightgbm", "tokenizers"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "absent"
-    return {
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "cores": os.cpu_count(),
-        "versions": versions,
-    }

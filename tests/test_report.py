@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,11 @@ def write_models(
                 folder / "evaluation.json",
                 {"targets": rows, "objective": {"loss_nats": objective}},
             )
+            steps = [
+                {"step": step, "loss_nats": 5 + replicate - 0.01 * step} for step in range(1, 61)
+            ]
+            lines = "".join(f"{json.dumps(step)}\n" for step in steps)
+            (folder / "metrics.jsonl").write_text(lines)
             member = {
                 "name": folder.name,
                 "weights": {rename[d]: w for d, w in OPTIMUM.items()},
@@ -218,8 +224,8 @@ def page(complete: Study) -> Page:
 
 
 def test_every_part_of_a_complete_study_has_its_chart(page: Page) -> None:
-    expected = {"mixture", "epochs", "models", "targets", "prediction", "rates", "swarm", "curves"}
-    assert set(page.charts) == expected
+    expected = {"mixture", "epochs", "models", "targets", "training", "prediction", "rates"}
+    assert set(page.charts) == {*expected, "swarm", "curves"}
     assert "Make it with" not in page.text
 
 
@@ -233,10 +239,10 @@ def test_the_verdict_says_gains_with_units_over_natural_and_uniform(page: Page) 
 
 
 def test_a_gain_is_measured_between_models_with_the_same_seeds(complete: Study) -> None:
-    gains = {gain.mixture: gain for gain in read_facts(complete).gains}
+    gains = {gain.baseline: gain for gain in read_facts(complete).gains}
     # Seeds move the losses by 0.01, which pairs cancel.
-    assert gains["natural"].pairs == pytest.approx((0.05, 0.04, 0.06), abs=1e-12)
-    assert gains["natural"].spread == pytest.approx(0.01)
+    assert gains["natural"].pairs_nats == pytest.approx((0.05, 0.04, 0.06), abs=1e-12)
+    assert gains["natural"].error_nats == pytest.approx(0.01 / 3**0.5)
 
 
 @pytest.mark.parametrize(
@@ -261,8 +267,34 @@ def test_models_trained_otherwise_are_not_compared(tmp_path: Path) -> None:
     path = study.models_path / "uniform-0" / "summary.json"
     summary = json.loads(path.read_text())
     write_json(path, {**summary, "training": {"num_steps": 600}})
-    compared = read_facts(study).compared
+    compared = {result.mixture: result.models for result in read_facts(study).compared}
     assert [model.name for model in compared["uniform"]] == ["uniform-1", "uniform-2"]
+
+
+def test_targets_are_compared_between_models_with_the_same_seeds(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study", ("models",))
+    shutil.rmtree(study.models_path / "natural-0")
+    variants = Page(render_report(study)).charts["targets"]["variants"]
+    means, dots = variants["difference from natural"]["data"][:2]
+    assert means["x"] == pytest.approx([-0.05] * 3)
+    assert dots["x"] == pytest.approx([-0.04, -0.06] * 3)
+
+
+def test_the_final_models_curves_are_means_over_the_replicates(page: Page) -> None:
+    (natural,) = [
+        line
+        for line in page.charts["training"]["variants"][""]["data"]
+        if line["name"] == "natural"
+    ]
+    assert natural["x"] == list(range(1, 61))
+    # Replicate r of a mixture is written at 5 + r nats, less 0.01 a step.
+    assert natural["y"] == pytest.approx([6 - 0.01 * step for step in range(1, 61)])
+
+
+def test_a_mixture_without_metrics_has_no_curve(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study", ("models",))
+    (study.models_path / "uniform-1" / "metrics.jsonl").unlink()
+    assert list(read_facts(study).model_curves) == ["optimum", "natural"]
 
 
 def test_the_objective_of_predictions_is_the_mean_of_its_targets(complete: Study) -> None:
@@ -446,6 +478,8 @@ def test_a_proxy_without_losses_and_a_broken_curve_do_not_stop_the_report(tmp_pa
         ("losses.csv", "index,metric/a_val_loss\n1,low\n"),
         ("models/optimum-0/summary.json", '{"name": "optimum-0"}'),
         ("models/optimum-0/evaluation.json", '{"targets": {"a": 3}, "objective": {}}'),
+        ("models/optimum-0/metrics.jsonl", '{"step": 1}\n'),
+        ("models/optimum-1/metrics.jsonl", '{"step": 1, "loss_nats": 3.0}\n'),
         ("steps/1.npy", "not an array"),
     ],
 )

@@ -13,7 +13,7 @@ import torch
 from regmix.data.mixtures import Mixture
 from regmix.data.shards import ShardSet
 from regmix.errors import MixtureError, ModelError, StudyError
-from regmix.large.comparison import MixtureResult, compare_models, gains_of
+from regmix.large.comparison import FinalModel, compare_models, gains_of, group_models
 from regmix.large.evaluate import evaluate_model, load_model
 from regmix.large.train import TrainRequest, plan_domains, resolve_mixture, run_training
 from regmix.study import Study, Training
@@ -170,23 +170,46 @@ def test_the_plan_adds_up_to_the_budget(tiny_shards: ShardSet, tiny_training: Tr
     assert plan["animals"].tokens == tiny_training.tokens * 3 // 4
 
 
-def test_gains_pair_the_seeds_that_both_have() -> None:
-    def result(name: str, losses: dict[int, float]) -> MixtureResult:
-        return MixtureResult(
-            mixture=name,
-            replicates=tuple(losses),
-            losses=tuple(losses.values()),
-            targets={},
+def models_of(mixture: str, losses: dict[int, float], num_steps: int = 60) -> list[FinalModel]:
+    return [
+        FinalModel(
+            name=f"{mixture}-{replicate}",
+            mixture=mixture,
+            replicate=replicate,
+            folder=Path(f"{mixture}-{replicate}"),
+            training={"num_steps": num_steps},
+            summary={},
+            objective=loss,
+            losses={},
+            bits_per_byte={},
         )
+        for replicate, loss in losses.items()
+    ]
 
-    ours = result("optimum", {0: 1.0, 1: 2.0})
-    gains = gains_of([ours, result("natural", {0: 1.5, 1: 2.7, 2: 9.0}), result("far", {7: 1.0})])
-    (gain,) = gains
+
+def test_gains_pair_the_seeds_that_both_have() -> None:
+    ours = models_of("optimum", {0: 1.0, 1: 2.0})
+    natural = models_of("natural", {2: 9.0, 1: 2.7, 0: 1.5})
+    (gain,) = gains_of(group_models([*ours, *natural, *models_of("far", {7: 1.0})]))
     assert gain.baseline == "natural"
+    assert gain.pairs_nats == pytest.approx((0.5, 0.7))
+    assert gain.num_better == 2
     assert gain.mean_nats == pytest.approx(0.6)
     assert gain.error_nats == pytest.approx(0.1)
     assert "ahead of natural by 0.6000" in str(gain)
-    assert gains_of([result("natural", {0: 1.0})]) == []
+    assert gains_of(group_models(natural)) == []
+
+
+def test_only_models_trained_alike_are_compared() -> None:
+    longer = models_of("optimum", {1: 0.5}, num_steps=600)
+    results = group_models(
+        [*models_of("optimum", {0: 1.0}), *longer, *models_of("natural", {0: 1.5, 1: 1.7})]
+    )
+    assert [result.mixture for result in results] == ["optimum", "natural"]
+    assert results[0].replicates == (0,)
+    (gain,) = gains_of(results)
+    assert gain.pairs_nats == pytest.approx((0.5,))
+    assert gain.error_nats is None
 
 
 def test_models_are_compared_best_first(study: Study, request_of: TrainRequest) -> None:
@@ -194,7 +217,7 @@ def test_models_are_compared_best_first(study: Study, request_of: TrainRequest) 
     first, second = compare_models(study)
     assert first.mean <= second.mean
     assert first.spread is not None
-    assert set(first.targets) == {"animals", "colours", "numbers"}
+    assert set(first.models[0].losses) == {"animals", "colours", "numbers"}
 
 
 def test_a_stack_killed_while_it_was_collected_is_collected_and_not_trained_again(

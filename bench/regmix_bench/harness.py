@@ -9,17 +9,15 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
-import importlib.metadata
 import json
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-_PACKAGES = ("regmix-fast", "torch", "triton", "numpy", "transformers")
+from regmix.provenance import revision, versions
 
 
 @functools.cache
@@ -36,32 +34,6 @@ def machine() -> str:
     if torch is not None and torch.cuda.is_available():
         words += f", {torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
     return words
-
-
-@functools.cache
-def revision() -> str:
-    """Return the git revision of the source tree, "+" where it has changes; else "unknown"."""
-    here = Path(__file__).resolve().parent
-    try:
-        commit, changes = (
-            subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True)
-            for words in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "-uno"))
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit.stdout.strip() + ("+" if changes.stdout.strip() else "")
-
-
-@functools.cache
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide a number."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _now() -> str:

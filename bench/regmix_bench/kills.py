@@ -27,6 +27,7 @@ from regmix_bench.harness import Record, append, table
 KILLS = 10
 SHORTEST_SECONDS, LONGEST_SECONDS = 1.0, 25.0
 BATCH = ("--seq-len", "128", "--batch-size", "8", "--tokens")
+OFTEN = ("--checkpoint-seconds", "2")
 MODELS = ("--mixture", "optimum", "--mixture", "natural", "--model", "cpu-64")
 
 
@@ -94,8 +95,8 @@ def main() -> None:
         study = str(options.out / name)
         run("mixtures", study, "--shards", shards, "--num", "24", "--model", "cpu-32", *BATCH,
             options.proxy_tokens)  # fmt: skip
-        proxies = ["proxies", study, "--workers", "2", "--stack-size", "12"]
-        train = ["train", study, *MODELS, *BATCH, options.final_tokens]
+        proxies = ["proxies", study, "--workers", "2", "--stack-size", "12", *OFTEN]
+        train = ["train", study, *MODELS, *BATCH, options.final_tokens, *OFTEN]
         for stage, words in (("proxies", proxies), ("train", train)):
             if stage == "train":
                 run("fit", study)

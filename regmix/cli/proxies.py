@@ -6,10 +6,11 @@ import json
 
 import click
 
+from regmix.cli.training import TrainingDisplay, refuse_gpus, running_options
+
 
 @click.command()
 @click.argument("study", required=False)
-@click.option("--workers", type=click.IntRange(min=1), help="Processes; default: one a core.")
 @click.option(
     "--threads",
     type=click.IntRange(min=1),
@@ -22,15 +23,14 @@ import click
     type=click.IntRange(min=1),
     help="Proxies trained together; default: up to 16, the same for every worker.",
 )
-@click.option("--gpus", type=click.IntRange(min=1), help="GPUs to use; default: the CPU.")
-@click.option("--dry-run", is_flag=True, help="Show what it will cost and stop.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@running_options
 def command(
     study: str | None,
-    workers: int | None,
     threads: int,
     stack_size: int | None,
+    workers: int | None,
     gpus: int | None,
+    checkpoint_seconds: float,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -39,14 +39,18 @@ def command(
     \b
     Example:  regmix-fast proxies study --workers 2
     """
-    from regmix.cli.training import TrainingDisplay, refuse_gpus
     from regmix.errors import RegmixError
     from regmix.study import Study, find_study
     from regmix.swarm.sweep import SweepOptions, run_sweep
 
     refuse_gpus(gpus)
     opened = Study.open(find_study(study))
-    options = SweepOptions(num_workers=workers, threads=threads, stack_size=stack_size)
+    options = SweepOptions(
+        num_workers=workers,
+        threads=threads,
+        stack_size=stack_size,
+        checkpoint_seconds=checkpoint_seconds,
+    )
     remark = f"{options.workers} workers"
     with TrainingDisplay("proxies", dry_run=dry_run, remark=remark) as display:
         result = run_sweep(opened, options, on_start=display.on_start, on_event=display.on_event)

@@ -7,7 +7,12 @@ import os
 
 import click
 
-from regmix.cli.training import TrainingDisplay, refuse_gpus, training_options
+from regmix.cli.training import (
+    TrainingDisplay,
+    refuse_gpus,
+    running_options,
+    training_options,
+)
 
 
 @click.command()
@@ -28,10 +33,7 @@ from regmix.cli.training import TrainingDisplay, refuse_gpus, training_options
     help="Models of each mixture, every one with seeds of its own.",
 )
 @training_options(model="cpu-128", tokens="10M", learning_rate=3e-3)
-@click.option("--workers", type=click.IntRange(min=1), help="Processes; default: one a core.")
-@click.option("--gpus", type=click.IntRange(min=1), help="GPUs to use; default: the CPU.")
-@click.option("--dry-run", is_flag=True, help="Show the data and the cost, and stop.")
-@click.option("--json", "as_json", is_flag=True, help="Print the models' folders as JSON.")
+@running_options
 def command(
     study: str | None,
     mixtures: tuple[str, ...],
@@ -45,6 +47,7 @@ def command(
     schedule: str,
     workers: int | None,
     gpus: int | None,
+    checkpoint_seconds: float,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -79,6 +82,7 @@ def command(
         training=training,
         num_workers=num_workers,
         threads=max(1, (os.cpu_count() or 1) // num_workers),
+        checkpoint_seconds=checkpoint_seconds,
     )
     for name, mixture in resolved.items():
         uses = plan_domains(shards, mixture, training)

@@ -56,6 +56,28 @@ def training_options(
     return decorate
 
 
+def running_options(command: Command) -> Command:
+    """Add the options that say how training runs; none of them changes a result."""
+    options = [
+        click.option(
+            "--workers", type=click.IntRange(min=1), help="Processes; default: one a core."
+        ),
+        click.option("--gpus", type=click.IntRange(min=1), help="GPUs to use; default: the CPU."),
+        click.option(
+            "--checkpoint-seconds",
+            type=click.FloatRange(min=0.0),
+            default=15.0,
+            show_default=True,
+            help="Time between checkpoints.",
+        ),
+        click.option("--dry-run", is_flag=True, help="Show what it will cost and stop."),
+        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 class TrainingDisplay:
     """Shows the cost, then the progress; `dry_run` ends the command after the cost."""
 

@@ -1,49 +1,98 @@
-"""Final models side by side: each mixture's objective over its replicates.
+"""Final models side by side: each mixture's losses over its replicates, paired by replicate.
 
-Enters: a study's models with their evaluations. Leaves: mean and spread by mixture, paired gains
-and a plain sentence. Trains and plots nothing.
+Enters: a study's models with their evaluations and metrics. Leaves: the models trained alike, by
+mixture, with mean and spread, gains over the same seeds, and mean training curves. The demo and
+the report both tell what is found here. Trains, evaluates and plots nothing.
 """
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from regmix.files import read_json
+from regmix.errors import StudyError
+from regmix.files import read_json, read_text
 from regmix.study import Study
+
+_FIRST_SHOWN = ("optimum", "natural", "uniform")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinalModel:
+    """A trained large model; losses in nats per token, absent where it was not evaluated.
+
+    objective: None before the evaluation; training and summary as its files have them.
+    """
+
+    name: str
+    mixture: str
+    replicate: int
+    folder: Path
+    training: dict[str, Any]
+    summary: dict[str, Any]
+    objective: float | None
+    losses: dict[str, float]
+    bits_per_byte: dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureResult:
-    """losses [R]: the objective of each replicate, nats per token; targets: mean by target."""
+    """models [R]: the evaluated models of one mixture, by replicate."""
 
     mixture: str
-    replicates: tuple[int, ...]
-    losses: tuple[float, ...]
-    targets: dict[str, float]
+    models: tuple[FinalModel, ...]
+
+    @property
+    def replicates(self) -> tuple[int, ...]:
+        """The replicate of each model [R]; models with the same one share their seeds."""
+        return tuple(model.replicate for model in self.models)
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """The objective of each model [R], nats per token."""
+        return self.losses_of(None)
 
     @property
     def mean(self) -> float:
-        """Mean over the replicates."""
-        return float(np.mean(self.losses))
+        """Mean objective over the replicates."""
+        return mean_and_spread(self.losses)[0]
 
     @property
     def spread(self) -> float | None:
-        """Standard deviation over the replicates; None for a single one."""
-        return float(np.std(self.losses, ddof=1)) if len(self.losses) > 1 else None
+        """Standard deviation of the objective over the replicates; None for a single one."""
+        return mean_and_spread(self.losses)[1]
+
+    def losses_of(self, target: str | None) -> tuple[float, ...]:
+        """Return each model's loss on a target, None for the objective [R], nats per token."""
+        if target is not None:
+            return tuple(model.losses[target] for model in self.models)
+        found = [model.objective for model in self.models]
+        return tuple(loss for loss in found if loss is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gain:
     """How much lower the optimum's objective is than a baseline's, over the same seeds.
 
-    error: standard error of the mean difference; None for a single seed.
+    error_nats: standard error of the mean difference; None for a single seed.
+    pairs_nats: the differences that the mean is of, one a replicate; above 0 the optimum is better.
     """
 
     baseline: str
     mean_nats: float
     error_nats: float | None
+    pairs_nats: tuple[float, ...] = ()
+
+    @property
+    def num_better(self) -> int:
+        """Pairs in which the optimum is better."""
+        return sum(pair > 0 for pair in self.pairs_nats)
 
     def __str__(self) -> str:
         error = "" if self.error_nats is None else f" ± {self.error_nats:.4f}"
@@ -52,54 +101,134 @@ class Gain:
 
 
 def compare_models(study: Study) -> list[MixtureResult]:
-    """Return the results of all evaluated final models, best mixture first."""
-    rows: dict[str, list[tuple[int, float, dict[str, float]]]] = {}
-    for path in sorted(study.models_path.glob("*/summary.json")):
-        evaluation = path.with_name("evaluation.json")
-        if not evaluation.is_file():
-            continue
-        summary, losses = read_json(path), read_json(evaluation)
-        targets = {name: values["loss_nats"] for name, values in losses["targets"].items()}
-        rows.setdefault(summary["mixture"], []).append(
-            (summary["replicate"], losses["objective"]["loss_nats"], targets)
-        )
-    results = []
-    for mixture, found in rows.items():
-        found.sort(key=lambda row: row[0])
-        results.append(
-            MixtureResult(
-                mixture=mixture,
-                replicates=tuple(row[0] for row in found),
-                losses=tuple(row[1] for row in found),
-                targets={
-                    name: float(np.mean([row[2][name] for row in found])) for name in found[0][2]
-                },
-            )
-        )
-    return sorted(results, key=lambda result: result.mean)
+    """Return the results of the final models that were trained alike, best mixture first."""
+    return group_models(read_models(study))
 
 
-def gains_of(results: list[MixtureResult], mixture: str = "optimum") -> list[Gain]:
+def read_models(study: Study) -> tuple[FinalModel, ...]:
+    """Read every finished model of a study; `StudyError` names a file that cannot be used."""
+    paths = sorted(study.models_path.glob("*/summary.json"))
+    return tuple(_read_model(path.parent) for path in paths)
+
+
+def group_models(models: Iterable[FinalModel]) -> list[MixtureResult]:
+    """Return evaluated models by mixture, best first; the largest group trained alike counts.
+
+    Losses of another length of training, shape or batch would say nothing about the mixture.
+    """
+    groups: dict[str, list[FinalModel]] = {}
+    for model in models:
+        if model.objective is not None:
+            groups.setdefault(repr(model.training), []).append(model)
+    mixtures: dict[str, list[FinalModel]] = {}
+    for model in max(groups.values(), key=len, default=[]):
+        mixtures.setdefault(model.mixture, []).append(model)
+    results = [
+        MixtureResult(mixture=name, models=tuple(sorted(found, key=lambda m: m.replicate)))
+        for name, found in mixtures.items()
+    ]
+    return sorted(results, key=lambda result: (result.mean, result.mixture))
+
+
+def gains_of(results: Sequence[MixtureResult], mixture: str = "optimum") -> list[Gain]:
     """Return the gains of `mixture` over every other mixture, over the seeds that both have."""
     ours = next((result for result in results if result.mixture == mixture), None)
-    if ours is None:
-        return []
-    mine = dict(zip(ours.replicates, ours.losses, strict=True))
     gains = []
     for other in results:
-        theirs = dict(zip(other.replicates, other.losses, strict=True))
-        shared = sorted(set(mine) & set(theirs))
-        if other is ours or not shared:
+        pairs = () if ours is None or other is ours else pair_losses(ours, other)
+        if not pairs:
             continue
-        differences = np.array([theirs[seed] - mine[seed] for seed in shared])
-        error = None
-        if len(shared) > 1:
-            error = float(differences.std(ddof=1) / np.sqrt(len(shared)))
+        mean, spread = mean_and_spread(pairs)
         gains.append(
             Gain(
                 baseline=other.mixture,
-                mean_nats=float(differences.mean()),
-                error_nats=error,
+                mean_nats=mean,
+                error_nats=None if spread is None else spread / math.sqrt(len(pairs)),
+                pairs_nats=pairs,
             )
         )
     return gains
+
+
+def pair_losses(
+    ours: MixtureResult, other: MixtureResult, target: str | None = None
+) -> tuple[float, ...]:
+    """Return the other's loss minus ours for each replicate that both have, nats per token.
+
+    target: None for the objective.
+    """
+    mine = dict(zip(ours.replicates, ours.losses_of(target), strict=True))
+    theirs = zip(other.replicates, other.losses_of(target), strict=True)
+    return tuple(loss - mine[replicate] for replicate, loss in theirs if replicate in mine)
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
+    """Return mean and standard deviation; the latter is None for a single value."""
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return float(np.mean(values)), spread
+
+
+def display_order(mixture: str) -> tuple[int, str]:
+    """Return the key that sorts mixtures for a reader: optimum, natural, uniform, others."""
+    known = mixture in _FIRST_SHOWN
+    return (_FIRST_SHOWN.index(mixture) if known else len(_FIRST_SHOWN)), mixture
+
+
+def mean_curve(result: MixtureResult) -> np.ndarray | None:
+    """Return the training loss by step, mean over the replicates; None where one has no metrics."""
+    paths = [model.folder / "metrics.jsonl" for model in result.models]
+    if not all(path.is_file() for path in paths):
+        return None
+    curves = [_read_curve(path) for path in paths]
+    for path, curve in zip(paths, curves, strict=True):
+        if len(curve) != len(curves[0]):
+            raise damaged(path, f"{len(curve)} steps, where {paths[0]} has {len(curves[0])}")
+    return np.asarray(np.mean(curves, axis=0)) if len(curves[0]) else None
+
+
+def damaged(path: Path, why: str) -> StudyError:
+    """Return the error for a part of a study that cannot be used."""
+    return StudyError(f"{path}: {why}", cure="Restore the file, or run the command that made it")
+
+
+def read_table(path: Path, *keys: str) -> dict[str, Any]:
+    """Read a JSON table that has `keys`; `StudyError` where it is none or lacks one."""
+    table = read_json(path)
+    missing = [key for key in keys if not isinstance(table, dict) or key not in table]
+    if not isinstance(table, dict) or missing:
+        raise damaged(path, f"no '{missing[0]}' in it" if missing else "not a table")
+    return table
+
+
+def _read_model(folder: Path) -> FinalModel:
+    summary = read_table(folder / "summary.json", "name", "mixture")
+    evaluation_path = folder / "evaluation.json"
+    evaluation: dict[str, Any] = {"targets": {}, "objective": {}}
+    if evaluation_path.is_file():
+        evaluation = read_table(evaluation_path, "targets", "objective")
+    try:
+        rows, objective = evaluation["targets"], evaluation["objective"].get("loss_nats")
+        losses = {target: float(row["loss_nats"]) for target, row in rows.items()}
+        bits = {target: float(row.get("bits_per_byte", math.nan)) for target, row in rows.items()}
+        objective = None if objective is None else float(objective)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise damaged(evaluation_path, f"no losses by target ({error!r})") from error
+    return FinalModel(
+        name=str(summary["name"]),
+        mixture=str(summary["mixture"]),
+        replicate=int(summary.get("replicate", 0)),
+        folder=folder,
+        training=dict(summary.get("training", {})),
+        summary=summary,
+        objective=objective,
+        losses=losses,
+        bits_per_byte=bits,
+    )
+
+
+def _read_curve(path: Path) -> np.ndarray:
+    try:
+        losses = [float(json.loads(line)["loss_nats"]) for line in read_text(path).splitlines()]
+    except (KeyError, TypeError, ValueError) as error:
+        raise damaged(path, f"not the losses of a model's steps ({error!r})") from error
+    return np.array(losses)

@@ -21,14 +21,15 @@ import xxhash
 
 from regmix.config import as_table
 from regmix.data.mixtures import Mixture, read_mixture_yaml
-from regmix.data.sampler import MixtureSampler
+from regmix.data.sampler import ORDER_VERSION, MixtureSampler
 from regmix.data.shards import ShardSet
 from regmix.errors import MixtureError, ModelError, StudyError, nearest
 from regmix.files import read_json, write_json, write_text
 from regmix.large.evaluate import evaluation_table
-from regmix.study import Study, Training, environment_record
+from regmix.provenance import environment_record
+from regmix.study import Study, Training
 from regmix.swarm.cost import Cost, estimate, refuse_if_too_large
-from regmix.swarm.engine import Member, StackJob
+from regmix.swarm.engine import CHECKPOINT_SECONDS, Member, StackJob
 from regmix.swarm.executors import Done, Event, Failed, LocalExecutor, stack_jobs
 from regmix.swarm.sweep import LARGEST_STACK, Tally, stack_job, study_member
 
@@ -39,7 +40,8 @@ NAMED_MIXTURES = ("optimum", "natural", "uniform")
 class TrainRequest:
     """mixtures: name -> weights; replicates: models of each, every one with seeds of its own.
 
-    num_workers and threads: processes and threads of each; stack_size: None to choose.
+    num_workers and threads: processes and threads of each; stack_size: None to choose;
+    checkpoint_seconds: time between two checkpoints of a stack.
     """
 
     mixtures: dict[str, Mixture]
@@ -48,6 +50,7 @@ class TrainRequest:
     num_workers: int
     threads: int
     stack_size: int | None = None
+    checkpoint_seconds: float = CHECKPOINT_SECONDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +137,7 @@ def run_training(
             threads=jobs[0].threads,
             logs=study.logs_path,
             inherited=descriptor,
+            checkpoint_seconds=request.checkpoint_seconds,
         ).run(jobs, handle)
         if failures:
             raise ModelError(failures[0], cure="See the study's logs/; then run it again")
@@ -250,5 +254,6 @@ def _summary(
         "final_train_loss_nats": float(np.mean(curve[-20:])),
         "stack_seconds": seconds,
         "stack_tokens_per_second": result["tokens"] / seconds if seconds else 0.0,
+        "order_version": ORDER_VERSION,
         "environment": environment_record(),
     }

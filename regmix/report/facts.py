@@ -1,7 +1,7 @@
 """What a report tells: the parts of a study that exist, read from its files.
 
-Enters: a study. Leaves: `Facts`, whose parts are None or empty where the study has none yet, and
-the comparison of the final models. Writes nothing and words nothing.
+Enters: a study. Leaves: `Facts`, whose parts are None or empty where the study has none yet. The
+final models are read and compared by `large.comparison`. Writes nothing and words nothing.
 """
 
 from __future__ import annotations
@@ -16,8 +16,18 @@ import numpy as np
 
 from regmix.data.mixtures import MixtureTable, read_index_table
 from regmix.decision.objective import make_objective
-from regmix.errors import StudyError
-from regmix.files import read_json
+from regmix.large.comparison import (
+    FinalModel,
+    Gain,
+    MixtureResult,
+    damaged,
+    display_order,
+    gains_of,
+    group_models,
+    mean_curve,
+    read_models,
+    read_table,
+)
 from regmix.study import Study
 
 OBJECTIVE = "objective"
@@ -30,46 +40,6 @@ class Predictions:
     indices: tuple[int, ...]
     true: dict[str, np.ndarray]
     predicted: dict[str, np.ndarray]
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinalModel:
-    """A trained large model; losses in nats per token, None where it was not evaluated."""
-
-    name: str
-    mixture: str
-    replicate: int
-    training: dict[str, Any]
-    summary: dict[str, Any]
-    objective: float | None
-    losses: dict[str, float]
-    bits_per_byte: dict[str, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gain:
-    """Objective of one mixture's models minus the optimum's, by replicates trained alike [nats].
-
-    A gain above 0 means that the optimum is better.
-    """
-
-    mixture: str
-    pairs: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        """Mean gain in nats per token."""
-        return float(np.mean(self.pairs))
-
-    @property
-    def spread(self) -> float | None:
-        """Standard deviation over pairs, in nats; None for one pair."""
-        return float(np.std(self.pairs, ddof=1)) if len(self.pairs) > 1 else None
-
-    @property
-    def num_better(self) -> int:
-        """Pairs in which the optimum is better."""
-        return sum(pair > 0 for pair in self.pairs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +66,12 @@ class Facts:
         if self.optimum is None:
             return None
         return dict(zip(self.optimum["domains"], self.optimum["weights"], strict=True))
+
+    @property
+    def model_curves(self) -> dict[str, np.ndarray]:
+        """Mixture -> training loss by step [nats], mean over the compared final models."""
+        curves = {result.mixture: mean_curve(result) for result in self.compared}
+        return {mixture: curve for mixture, curve in curves.items() if curve is not None}
 
     @property
     def other_fit_objective(self) -> str | None:
@@ -153,36 +129,14 @@ class Facts:
         return {d: float(epochs[d]) for d in self.ordered_domains if finite(epochs.get(d))}
 
     @property
-    def compared(self) -> dict[str, list[FinalModel]]:
-        """Mixture -> its evaluated models, of those trained alike; the optimum comes first."""
-        groups: dict[str, list[FinalModel]] = {}
-        for model in self.models:
-            if model.objective is not None:
-                groups.setdefault(repr(model.training), []).append(model)
-        alike = max(groups.values(), key=len, default=[])
-        order = ["optimum", "natural", "uniform"]
-        names = sorted({m.mixture for m in alike}, key=lambda n: (n not in order, n))
-        names.sort(key=lambda n: order.index(n) if n in order else len(order))
-        return {
-            name: sorted((m for m in alike if m.mixture == name), key=lambda m: m.replicate)
-            for name in names
-        }
+    def compared(self) -> list[MixtureResult]:
+        """The final models that were trained alike, by mixture; the optimum comes first."""
+        return sorted(group_models(self.models), key=lambda r: display_order(r.mixture))
 
     @property
-    def gains(self) -> tuple[Gain, ...]:
-        """Return what the optimum gains over each other mixture, pair by pair."""
-        compared = self.compared
-        ours = {m.replicate: m.objective for m in compared.get("optimum", [])}
-        gains = []
-        for mixture, models in compared.items():
-            pairs = tuple(
-                float(m.objective or 0.0) - float(ours[m.replicate] or 0.0)
-                for m in models
-                if m.replicate in ours
-            )
-            if mixture != "optimum" and pairs:
-                gains.append(Gain(mixture=mixture, pairs=pairs))
-        return tuple(gains)
+    def gains(self) -> list[Gain]:
+        """What the optimum gains over each other mixture."""
+        return gains_of(self.compared)
 
 
 def finite(value: Any) -> TypeGuard[float]:
@@ -212,43 +166,29 @@ def read_facts(study: Study) -> Facts:
         if study.mixtures_path.is_file()
         else None,
         losses=_read_losses(study.losses_path) if study.losses_path.is_file() else {},
-        fit=_table(fit_path, "targets") if fit_path.is_file() else None,
+        fit=read_table(fit_path, "targets") if fit_path.is_file() else None,
         predictions=_read_predictions(predictions_path, study.config.objective)
         if predictions_path.is_file()
         else None,
         optimum=_read_optimum(optimum_path, study.config.prior) if optimum_path.is_file() else None,
-        models=tuple(
-            _read_model(path.parent) for path in sorted(study.models_path.glob("*/summary.json"))
-        ),
+        models=read_models(study),
         curves=_read_curves(study.steps_path),
-        sweep=_table(sweep_path) if sweep_path.is_file() else None,
+        sweep=read_table(sweep_path) if sweep_path.is_file() else None,
     )
 
 
-def _damaged(path: Path, why: str) -> StudyError:
-    return StudyError(f"{path}: {why}", cure="Restore the file, or run the command that made it")
-
-
-def _table(path: Path, *keys: str) -> dict[str, Any]:
-    table = read_json(path)
-    missing = [key for key in keys if not isinstance(table, dict) or key not in table]
-    if not isinstance(table, dict) or missing:
-        raise _damaged(path, f"no '{missing[0]}' in it" if missing else "not a table")
-    return table
-
-
 def _read_optimum(path: Path, prior: Mapping[str, float]) -> dict[str, Any]:
-    table = _table(path, "domains", "weights")
+    table = read_table(path, "domains", "weights")
     domains, weights = table["domains"], table["weights"]
     if not isinstance(domains, list) or not isinstance(weights, list):
-        raise _damaged(path, "domains and weights are not lists")
+        raise damaged(path, "domains and weights are not lists")
     if len(domains) != len(weights):
-        raise _damaged(path, f"{len(domains)} domains and {len(weights)} weights")
+        raise damaged(path, f"{len(domains)} domains and {len(weights)} weights")
     if not all(finite(weight) for weight in weights):
-        raise _damaged(path, "a weight is not a number")
+        raise damaged(path, "a weight is not a number")
     for key in ("gain_nats", "baselines", "predicted", "epochs"):
         if not isinstance(table.get(key) or {}, dict):
-            raise _damaged(path, f"'{key}' is not a table")
+            raise damaged(path, f"'{key}' is not a table")
     return _with_natural(table, prior)
 
 
@@ -273,7 +213,7 @@ def _numbers(cells: Sequence[str], path: Path) -> list[float]:
     try:
         return [float(cell) if cell.strip() else math.nan for cell in cells]
     except ValueError as error:
-        raise _damaged(path, str(error)) from error
+        raise damaged(path, str(error)) from error
 
 
 def _read_losses(path: Path) -> dict[int, dict[str, float]]:
@@ -297,38 +237,13 @@ def _read_predictions(path: Path, objective: Mapping[str, float]) -> Predictions
     }
     true = {target: true[target] for target in predicted}
     if not predicted:
-        raise _damaged(path, "no columns 'true/<target>' and 'predicted/<target>'")
+        raise damaged(path, "no columns 'true/<target>' and 'predicted/<target>'")
     if OBJECTIVE not in predicted and set(objective) <= set(predicted):
         total = math.fsum(objective.values())
         for table in (true, predicted):
             mean = sum(weight / total * table[target] for target, weight in objective.items())
             table[OBJECTIVE] = np.asarray(mean)
     return Predictions(indices=tuple(indices), true=true, predicted=predicted)
-
-
-def _read_model(folder: Path) -> FinalModel:
-    summary = _table(folder / "summary.json", "name", "mixture")
-    evaluation_path = folder / "evaluation.json"
-    evaluation: dict[str, Any] = {"targets": {}, OBJECTIVE: {}}
-    if evaluation_path.is_file():
-        evaluation = _table(evaluation_path, "targets", OBJECTIVE)
-    try:
-        rows, objective = evaluation["targets"], evaluation[OBJECTIVE].get("loss_nats")
-        losses = {target: float(row["loss_nats"]) for target, row in rows.items()}
-        bits = {target: float(row.get("bits_per_byte", math.nan)) for target, row in rows.items()}
-        objective = None if objective is None else float(objective)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise _damaged(evaluation_path, f"no losses by target ({error!r})") from error
-    return FinalModel(
-        name=str(summary["name"]),
-        mixture=str(summary["mixture"]),
-        replicate=int(summary.get("replicate", 0)),
-        training=dict(summary.get("training", {})),
-        summary=summary,
-        objective=objective,
-        losses=losses,
-        bits_per_byte=bits,
-    )
 
 
 def _read_curves(folder: Path) -> dict[int, np.ndarray]:
@@ -339,7 +254,7 @@ def _read_curves(folder: Path) -> dict[int, np.ndarray]:
         try:
             curve = np.load(path, allow_pickle=False)
         except (ValueError, EOFError, OSError) as error:
-            raise _damaged(path, f"not the losses of a proxy's steps ({error})") from error
+            raise damaged(path, f"not the losses of a proxy's steps ({error})") from error
         if curve.ndim == 1 and len(curve):
             curves[int(path.stem)] = curve
     return curves

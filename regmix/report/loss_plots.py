@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from regmix.large.comparison import MixtureResult, mean_and_spread, pair_losses
 from regmix.report.plots import Chart, label, roles, row_height
 
 # Each curve is thinned to this many points, and this many curves are drawn.
@@ -17,24 +18,19 @@ CURVE_POINTS = 160
 MOST_CURVES = 48
 
 
-def _mean_std(values: Sequence[float]) -> tuple[float, float]:
-    spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-    return float(np.mean(values)), spread
-
-
-def model_objective(losses: Mapping[str, Sequence[float]]) -> Chart:
+def model_objective(results: Sequence[MixtureResult]) -> Chart:
     """Return the final models' objective by mixture: a dot a model, the mean and its spread."""
-    colours = roles(list(losses))
+    colours = roles([result.mixture for result in results])
     data: list[dict[str, Any]] = []
-    for mixture, values in losses.items():
-        mean, spread = _mean_std(values)
-        name, colour = label(mixture), colours[mixture]
+    for result in results:
+        spread = result.spread or 0.0
+        name, colour = label(result.mixture), colours[result.mixture]
         data.append(
             {
                 "type": "scatter",
                 "mode": "markers",
                 "y": [name],
-                "x": [mean],
+                "x": [result.mean],
                 "error_x": {"type": "data", "array": [spread], "color": colour, "thickness": 2},
                 "marker": {"color": colour, "size": 15, "symbol": "diamond"},
                 "hovertemplate": f"mean %{{x:.4f}} ± {spread:.4f} nats<extra>{name}</extra>",
@@ -44,14 +40,14 @@ def model_objective(losses: Mapping[str, Sequence[float]]) -> Chart:
             {
                 "type": "scatter",
                 "mode": "markers",
-                "y": [name] * len(values),
-                "x": list(values),
+                "y": [name] * len(result.losses),
+                "x": list(result.losses),
                 "marker": {
                     "color": "@surface",
                     "size": 9,
                     "line": {"color": colour, "width": 2},
                 },
-                "text": [f"seed {replicate}" for replicate in range(len(values))],
+                "text": [f"seed {replicate}" for replicate in result.replicates],
                 "hovertemplate": f"%{{text}}: %{{x:.4f}} nats<extra>{name}</extra>",
             }
         )
@@ -64,40 +60,33 @@ def model_objective(losses: Mapping[str, Sequence[float]]) -> Chart:
     }
     return Chart(
         identity="models",
-        height=row_height(len(losses), 46),
+        height=row_height(len(results), 46),
         variants={"": {"data": data, "layout": layout}},
     )
 
 
 def model_targets(
-    losses: Mapping[str, Mapping[str, Sequence[float]]], targets: Sequence[str], reference: str
+    results: Sequence[MixtureResult], targets: Sequence[str], reference: MixtureResult
 ) -> Chart:
-    """Return loss by target and mixture, as it is and as the difference from `reference`.
-
-    losses: mixture -> target -> one loss a replicate [nats]; replicates of the mixtures pair up.
-    """
+    """Return loss by target and mixture, as it is and as the paired difference from `reference`."""
     variants: dict[str, dict[str, Any]] = {}
-    others = [mixture for mixture in losses if mixture != reference]
-    if others:
-        differences = {
-            mixture: {
-                target: [
-                    value - base
-                    for value, base in zip(
-                        losses[mixture][target], losses[reference][target], strict=False
-                    )
-                ]
-                for target in targets
-            }
-            for mixture in others
-        }
-        title = f"loss minus that of {label(reference)} [nats per token], left is better"
-        variants[f"difference from {reference}"] = _target_dots(differences, targets, title, True)
-    title = "loss [nats per token]"
-    variants["loss"] = _target_dots(losses, targets, title, False)
+    differences = {
+        result.mixture: {target: pair_losses(reference, result, target) for target in targets}
+        for result in results
+        if result is not reference and set(result.replicates) & set(reference.replicates)
+    }
+    if differences:
+        base = reference.mixture
+        title = f"loss minus that of {label(base)} [nats per token], left is better"
+        variants[f"difference from {base}"] = _target_dots(differences, targets, title, True)
+    losses = {
+        result.mixture: {target: result.losses_of(target) for target in targets}
+        for result in results
+    }
+    variants["loss"] = _target_dots(losses, targets, "loss [nats per token]", False)
     return Chart(
         identity="targets",
-        height=row_height(len(targets), 13 * len(losses) + 12),
+        height=row_height(len(targets), 13 * len(results) + 12),
         variants=variants,
     )
 
@@ -115,7 +104,7 @@ def _target_dots(
         shift = (position - (len(losses) - 1) / 2) * 0.22
         colour, name = colours[mixture], label(mixture)
         rows = [row + shift for row in range(len(targets))]
-        means = [_mean_std(by_target[target]) for target in targets]
+        means = [mean_and_spread(by_target[target]) for target in targets]
         data.append(
             {
                 "type": "scatter",
@@ -125,7 +114,7 @@ def _target_dots(
                 "x": [mean for mean, _ in means],
                 "error_x": {
                     "type": "data",
-                    "array": [spread for _, spread in means],
+                    "array": [spread or 0.0 for _, spread in means],
                     "color": colour,
                     "thickness": 1.5,
                     "width": 3,
@@ -253,6 +242,34 @@ def exchange_rates(rates: Mapping[str, Mapping[str, float]], domains: Sequence[s
     return Chart(identity="rates", height=height, variants={"": {"data": data, "layout": layout}})
 
 
+def model_curves(curves: Mapping[str, np.ndarray]) -> Chart:
+    """Return the final models' training loss by step and mixture, smoothed as the proxies' is."""
+    colours = roles(list(curves))
+    data: list[dict[str, Any]] = []
+    for mixture, curve in curves.items():
+        steps, losses = _thinned(curve)
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "name": label(mixture),
+                "x": steps,
+                "y": losses,
+                "line": {"color": colours[mixture], "width": 2},
+                "hovertemplate": "step %{x}: %{y:.3f} nats<extra>" + label(mixture) + "</extra>",
+            }
+        )
+    layout = {"showlegend": True, **_curve_axes()}
+    return Chart(identity="training", height=380, variants={"": {"data": data, "layout": layout}})
+
+
+def _curve_axes() -> dict[str, Any]:
+    return {
+        "xaxis": {"title": {"text": "step"}},
+        "yaxis": {"title": {"text": "training loss [nats per token]"}},
+    }
+
+
 def proxy_curves(curves: Mapping[int, np.ndarray], best: int | None) -> Chart:
     """Return the proxies' training loss by step, smoothed; the best proxy stands out."""
     data: list[dict[str, Any]] = []
@@ -280,11 +297,7 @@ def proxy_curves(curves: Mapping[int, np.ndarray], best: int | None) -> Chart:
                 "hovertemplate": f"proxy {index}, step %{{x}}: %{{y:.3f}} nats<extra></extra>",
             }
         )
-    layout = {
-        "showlegend": False,
-        "xaxis": {"title": {"text": "step"}},
-        "yaxis": {"title": {"text": "training loss [nats per token]"}},
-    }
+    layout = {"showlegend": False, **_curve_axes()}
     return Chart(identity="curves", height=380, variants={"": {"data": data, "layout": layout}})
 
 

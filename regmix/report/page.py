@@ -15,6 +15,7 @@ from typing import Any
 from regmix.report.facts import OBJECTIVE, Facts, finite, read_facts
 from regmix.report.loss_plots import (
     exchange_rates,
+    model_curves,
     model_objective,
     model_targets,
     prediction_scatter,
@@ -100,19 +101,14 @@ def _charts(facts: Facts) -> dict[str, Chart]:
             charts.append(epoch_bars(epochs, float(limit) if finite(limit) else None))
     compared = facts.compared
     if compared:
-        objective = {
-            mixture: [float(model.objective or 0.0) for model in models]
-            for mixture, models in compared.items()
-        }
-        charts.append(model_objective(objective))
+        charts.append(model_objective(compared))
         targets = _shared_targets(facts)
-        by_target = {
-            mixture: {target: [model.losses[target] for model in models] for target in targets}
-            for mixture, models in compared.items()
-        }
-        reference = "natural" if "natural" in compared else next(iter(compared))
         if targets:
-            charts.append(model_targets(by_target, targets, reference))
+            natural = [result for result in compared if result.mixture == "natural"]
+            charts.append(model_targets(compared, targets, (natural or compared)[0]))
+        curves = facts.model_curves
+        if curves:
+            charts.append(model_curves(curves))
     if facts.predictions is not None:
         charts.append(_prediction_chart(facts))
     rates = (facts.fit or {}).get("exchange_rates") or {}
@@ -127,7 +123,7 @@ def _charts(facts: Facts) -> dict[str, Chart]:
 
 def _shared_targets(facts: Facts) -> list[str]:
     """Return the targets that every compared model was evaluated on, in the study's order."""
-    models = [model for group in facts.compared.values() for model in group]
+    models = [model for result in facts.compared for model in result.models]
     return [t for t in facts.study.config.targets if all(t in model.losses for model in models)]
 
 

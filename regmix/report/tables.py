@@ -9,7 +9,8 @@ from typing import Any
 
 from regmix.data.mixtures import coverage
 from regmix.display import count
-from regmix.report.facts import OBJECTIVE, Facts, FinalModel, finite
+from regmix.large.comparison import display_order
+from regmix.report.facts import OBJECTIVE, Facts, finite
 from regmix.report.verdict import nats, percent
 
 
@@ -62,7 +63,7 @@ def model_rows(facts: Facts) -> list[dict[str, Any]]:
     """Return a row a final model: seeds, tokens, objective, loss by target."""
     rows = []
     targets = facts.study.config.targets
-    for model in sorted(facts.models, key=_model_order):
+    for model in sorted(facts.models, key=lambda m: (*display_order(m.mixture), m.replicate)):
         member = model.summary.get("member", model.summary)
         rows.append(
             {
@@ -76,12 +77,6 @@ def model_rows(facts: Facts) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def _model_order(model: FinalModel) -> tuple[int, str, int]:
-    order = ("optimum", "natural", "uniform")
-    place = order.index(model.mixture) if model.mixture in order else len(order)
-    return place, model.mixture, model.replicate
 
 
 def swarm_rows(facts: Facts) -> list[dict[str, str]]:
@@ -145,8 +140,8 @@ def environments(facts: Facts) -> list[tuple[str, str]]:
         if not isinstance(environment, dict):
             continue
         versions = environment.get("versions") or {}
-        words = [f"Python {environment.get('python', '?')}"]
-        words += [f"{package} {version}" for package, version in versions.items()]
+        words = [f"{package} {version}" for package, version in versions.items()]
+        words.append(f"revision {environment.get('revision', 'unknown')}")
         words += [str(environment.get("system", "")), f"{environment.get('cores', '?')} cores"]
         text = ", ".join(word for word in words if word)
         if what not in found.setdefault(text, []):

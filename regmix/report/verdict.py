@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from regmix.display import count
-from regmix.report.facts import OBJECTIVE, Facts, Gain, finite
+from regmix.large.comparison import Gain
+from regmix.report.facts import OBJECTIVE, Facts, finite
 
 
 def nats(value: float | None, digits: int = 4) -> str:
@@ -27,9 +28,13 @@ def percent(value: float | None) -> str:
 
 
 def gain_words(gain: Gain) -> str:
-    """Return a gain with its spread and in how many pairs the optimum was better."""
-    spread = f" ± {gain.spread:.4f}" if gain.spread is not None else ""
-    return f"{nats(gain.mean)}{spread} nats, better in {gain.num_better} of {len(gain.pairs)}"
+    """Return a gain with its standard error and in how many pairs the optimum was better."""
+    better = f"better in {gain.num_better} of {len(gain.pairs_nats)}"
+    return f"{nats(gain.mean_nats)}{_error_words(gain)} nats, {better}"
+
+
+def _error_words(gain: Gain) -> str:
+    return "" if gain.error_nats is None else f" ± {gain.error_nats:.4f}"
 
 
 def headline(facts: Facts) -> dict[str, str]:
@@ -65,15 +70,18 @@ def headline(facts: Facts) -> dict[str, str]:
 
 
 def _measured_headline(facts: Facts) -> dict[str, str]:
-    gains = sorted(facts.gains, key=lambda gain: gain.mixture != "natural")
+    gains = sorted(facts.gains, key=lambda gain: gain.baseline != "natural")
     parts: list[str] = []
     for gain in gains:
-        word = "lower" if gain.mean >= 0 else "higher"
+        word = "lower" if gain.mean_nats >= 0 else "higher"
         unit = "nats per token" if not parts else "nats"
-        parts.append(f"{abs(gain.mean):.4f} {unit} {word} than on the {gain.mixture} mixture")
-    num_pairs = max(len(gain.pairs) for gain in gains)
+        amount = f"{abs(gain.mean_nats):.4f} {unit} {word}"
+        parts.append(f"{amount} than on the {gain.baseline} mixture")
+    num_pairs = max(len(gain.pairs_nats) for gain in gains)
     first = "Trained on the optimum, the final model's loss is " + _joined(parts) + "."
-    counts = _joined([f"{g.num_better} of {len(g.pairs)} pairs against {g.mixture}" for g in gains])
+    counts = _joined(
+        [f"{g.num_better} of {len(g.pairs_nats)} pairs against {g.baseline}" for g in gains]
+    )
     verdict = _own_verdict(facts)
     support = (
         f"Measured on held-out text, mean of {num_pairs} "
@@ -83,8 +91,8 @@ def _measured_headline(facts: Facts) -> dict[str, str]:
     if verdict:
         support += f" The surrogate's verdict before, at the proxies' scale: {verdict}."
     support += _objective_remark(facts)
-    all_better = all(gain.num_better == len(gain.pairs) for gain in gains)
-    none_better = all(gain.mean <= 0 for gain in gains)
+    all_better = all(gain.num_better == len(gain.pairs_nats) for gain in gains)
+    none_better = all(gain.mean_nats <= 0 for gain in gains)
     kind = "good" if all_better else "bad" if none_better else "mixed"
     return {"kind": kind, "text": first, "support": support}
 
@@ -108,9 +116,9 @@ def cards(facts: Facts) -> list[dict[str, str]]:
     """Return the numbers at the top: value, unit, what it is."""
     found: list[dict[str, str]] = []
     for gain in facts.gains:
-        spread = f" ± {gain.spread:.4f}" if gain.spread is not None else ""
-        value = f"{gain.mean:+.4f}".replace("-", "−")
-        found.append({"value": value, "unit": f"nats{spread}", "name": f"gain over {gain.mixture}"})
+        value = f"{gain.mean_nats:+.4f}".replace("-", "−")
+        unit = f"nats{_error_words(gain)}"
+        found.append({"value": value, "unit": unit, "name": f"gain over {gain.baseline}"})
     for baseline, value in ((facts.optimum or {}).get("gain_nats") or {}).items():
         if finite(value) and not facts.gains:
             text = f"{float(value):+.4f}".replace("-", "−")

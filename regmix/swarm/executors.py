@@ -23,7 +23,7 @@ from typing import Any
 
 from regmix.errors import StudyError
 from regmix.files import storage_errors
-from regmix.swarm.engine import StackJob
+from regmix.swarm.engine import CHECKPOINT_SECONDS, StackJob
 
 MAX_ATTEMPTS = 3
 STOP_PATIENCE_SECONDS = 60.0
@@ -116,12 +116,20 @@ class LocalExecutor:
 
     num_workers: processes; threads: intra-op threads of each. logs: folder of their stderr.
     inherited: a descriptor (the study's lock) that stays open as long as a worker lives.
+    checkpoint_seconds: time between two checkpoints of a stack; it changes no result.
     """
 
     def __init__(
-        self, *, num_workers: int, threads: int, logs: Path, inherited: int | None = None
+        self,
+        *,
+        num_workers: int,
+        threads: int,
+        logs: Path,
+        inherited: int | None = None,
+        checkpoint_seconds: float = CHECKPOINT_SECONDS,
     ) -> None:
         self.num_workers, self.threads = num_workers, threads
+        self.checkpoint_seconds = checkpoint_seconds
         self.logs, self.inherited = logs, inherited
         self._inbox: queue.Queue = queue.Queue()
         self._workers: list[_WorkerProcess] = []
@@ -164,7 +172,8 @@ class LocalExecutor:
         if worker.job is not None:
             name = worker.job.name
             self._attempts[name] = self._attempts.get(name, 0) + 1
-            worker.send({"job": worker.job.to_table()})
+            table = worker.job.to_table()
+            worker.send({"job": table, "checkpoint_seconds": self.checkpoint_seconds})
 
     def _handle(self, worker: _WorkerProcess, message: dict[str, Any] | None) -> Event | None:
         if message is None:

@@ -18,12 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from regmix.data.mixtures import MixtureTable
+from regmix.data.sampler import ORDER_VERSION
 from regmix.data.shards import ShardSet
 from regmix.errors import StudyError
 from regmix.files import write_json
-from regmix.study import Study, Training, environment_record
+from regmix.provenance import environment_record
+from regmix.study import Study, Training
 from regmix.swarm.cost import Cost, estimate, refuse_if_too_large
-from regmix.swarm.engine import Member, StackJob
+from regmix.swarm.engine import CHECKPOINT_SECONDS, Member, StackJob
 from regmix.swarm.executors import Done, Event, Failed, LocalExecutor, Progress, stack_jobs
 from regmix.swarm.ledger import Ledger
 
@@ -36,11 +38,13 @@ class SweepOptions:
     """num_workers: processes, None for one a core; threads: of each, for stacks not yet planned.
 
     stack_size: proxies trained together, None to choose.
+    checkpoint_seconds: time between two checkpoints of a stack; it changes no result.
     """
 
     num_workers: int | None = None
     threads: int = 1
     stack_size: int | None = None
+    checkpoint_seconds: float = CHECKPOINT_SECONDS
 
     @property
     def workers(self) -> int:
@@ -138,6 +142,7 @@ def run_sweep(
                 threads=jobs[0].threads,
                 logs=study.logs_path,
                 inherited=descriptor,
+                checkpoint_seconds=options.checkpoint_seconds,
             )
             executor.run(jobs, handle)
         num_done = ledger.export_losses(study.losses_path, study.config.targets)
@@ -244,6 +249,7 @@ def record_speed(study: Study, ledger: Ledger, options: SweepOptions) -> None:
             "tokens": tokens,
             "tokens_per_second_per_worker": per_worker,
             "tokens_per_second": per_worker * options.workers,
+            "order_version": ORDER_VERSION,
             "environment": environment_record(),
         },
     )

@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from regmix.errors import RegmixError
 from regmix.files import atomic_open
 from regmix.swarm.checkpoint import checkpoints, read_tensors, write_tensors
 from regmix.swarm.engine import (
+    CHECKPOINT_SECONDS,
     StackJob,
     StackResult,
     StackTrainer,
@@ -43,8 +45,9 @@ def train_job(
     job: StackJob,
     *,
     shards: ShardSet | None = None,
-    report: Any = lambda _: None,
-    should_stop: Any = lambda: False,
+    report: Callable[[StepReport], None] = lambda _: None,
+    should_stop: Callable[[], bool] = lambda: False,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
 ) -> dict[str, Any]:
     """Train a job, or read the result of one that is trained, and return its result table.
 
@@ -58,7 +61,9 @@ def train_job(
         return table
     if shards is None:
         shards = ShardSet.open(job.shards)
-    result = StackTrainer(job, shards).run(report=report, should_stop=should_stop)
+    result = StackTrainer(job, shards).run(
+        report=report, should_stop=should_stop, checkpoint_seconds=checkpoint_seconds
+    )
     table = _write_result(job, result)
     for old in checkpoints(folder):
         old.unlink()
@@ -106,7 +111,7 @@ def read_parameters(path: Path) -> dict[str, Any]:
 
 class _Worker:
     def __init__(self) -> None:
-        self.jobs: queue.Queue[StackJob | None] = queue.Queue()
+        self.jobs: queue.Queue[tuple[StackJob, float] | None] = queue.Queue()
         self.stopping = threading.Event()
         self._shards: dict[str, ShardSet] = {}
 
@@ -117,14 +122,16 @@ class _Worker:
                 self.stopping.set()
                 self.jobs.put(None)
             else:
-                self.jobs.put(StackJob.from_table(message["job"]))
+                job = StackJob.from_table(message["job"])
+                self.jobs.put((job, float(message["checkpoint_seconds"])))
         # The coordinator is gone: nobody would read a result.
         os._exit(1)
 
     def work(self) -> None:
-        while (job := self.jobs.get()) is not None and not self.stopping.is_set():
+        while (order := self.jobs.get()) is not None and not self.stopping.is_set():
+            job, checkpoint_seconds = order
             try:
-                self._train(job)
+                self._train(job, checkpoint_seconds)
             except StoppedError:
                 say({"stopped": job.name})
             except RegmixError as error:
@@ -134,7 +141,7 @@ class _Worker:
                 last = traceback.format_exc().strip().splitlines()[-1]
                 say({"failed": job.name, "what": f"stack {job.name}: {last}", "cure": ""})
 
-    def _train(self, job: StackJob) -> None:
+    def _train(self, job: StackJob, checkpoint_seconds: float) -> None:
         import torch
 
         torch.set_num_threads(job.threads)
@@ -145,7 +152,11 @@ class _Worker:
             say({"progress": job.name, **vars(step)})
 
         table = train_job(
-            job, shards=self._shards[job.shards], report=report, should_stop=self.stopping.is_set
+            job,
+            shards=self._shards[job.shards],
+            report=report,
+            should_stop=self.stopping.is_set,
+            checkpoint_seconds=checkpoint_seconds,
         )
         say({"done": job.name, "result": table})
 
