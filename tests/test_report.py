@@ -20,10 +20,11 @@ from regmix.errors import StudyError
 from regmix.files import write_json
 from regmix.model.optim import OptimConfig
 from regmix.model.presets import ModelShape
+from regmix.provenance import environment_record
 from regmix.report.facts import read_facts
 from regmix.report.page import render_report, script_json
 from regmix.report.verdict import headline
-from regmix.study import Study, StudyConfig, Training, environment_record
+from regmix.study import Study, StudyConfig, Training
 
 DOMAINS = ("code", "legal", "maths", "web")
 TARGETS = ("code", "maths", "wiki")
