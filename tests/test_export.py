@@ -23,7 +23,8 @@ from regmix.large.export import export_model, hugging_face_weights, model_card
 from regmix.model.llama import StackedLlama, init_parameters
 from regmix.model.optim import OptimConfig
 from regmix.model.presets import ModelShape
-from regmix.study import Study, StudyConfig, Training, as_table, environment_record
+from regmix.provenance import environment_record
+from regmix.study import Study, StudyConfig, Training, as_table
 from regmix.swarm.checkpoint import write_tensors
 
 OPTIMUM = {"code": 0.7, "web": 0.3}

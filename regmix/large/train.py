@@ -221,7 +221,7 @@ def model_config(shards: ShardSet, training: Training) -> dict[str, Any]:
     return {
         "shape": as_table(training.shape),
         "tokenizer": {
-            "file": str(shards.tokenizer_path),
+            "file": shards.tokenizer_path.name,
             "hash": shards.tokenizer_hash,
             "vocab_size": shards.vocab_size,
         },
