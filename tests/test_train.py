@@ -255,3 +255,13 @@ def test_a_stack_killed_while_it_was_collected_is_collected_and_not_trained_agai
     assert steps == []
     assert len(list(study.models_path.glob("*/summary.json"))) == 4
     assert first.stat().st_mtime_ns == kept
+
+
+def test_a_model_of_another_tokenizer_is_refused(study: Study, request_of: TrainRequest) -> None:
+    run_training(study, dataclasses.replace(request_of, replicates=1))
+    path = study.models_path / "natural-0" / "config.json"
+    config = json.loads(path.read_text())
+    config["tokenizer"]["hash"] = "0" * 16
+    path.write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="another tokenizer"):
+        evaluate_model(study, path.parent)

@@ -65,7 +65,7 @@ def proxy_training() -> Training:
 
 
 def final_training() -> Training:
-    """Return the final model: twice as wide and as deep as the proxy, twice the tokens."""
+    """Return the final model: 1.02M parameters, three times the proxy's; twice its tokens."""
     proxy = proxy_training()
     shape = dataclasses.replace(proxy.shape, width=128, num_layers=3, num_heads=4, hidden=256)
     num_steps = 1536
@@ -230,33 +230,22 @@ def final_records(study: Study, losses: dict[str, np.ndarray]) -> list[Record]:
     for objective, values in by_objective.items():
         for name, seeds in values.items():
             case = f"final model on {name}, loss on {objective}"
-            for metric, value in (("loss", seeds.mean()), ("loss_sd", seeds.std(ddof=1))):
-                records.append(
-                    Record(
-                        suite="corpus_study",
-                        case=case,
-                        metric=metric,
-                        value=float(value),
-                        unit="nats",
-                    )
-                )
+            records += mean_and_spread(case, "loss", seeds)
         best = values[f"optimum-{objective}"]
         for baseline in ("natural", "uniform"):
             # The same seed on both sides: paired differences.
-            gains = values[baseline] - best
             case = f"optimum-{objective} against {baseline}, loss on {objective}"
-            for metric, value in (("gain", gains.mean()), ("gain_sd", gains.std(ddof=1))):
-                records.append(
-                    Record(
-                        suite="corpus_study",
-                        case=case,
-                        metric=metric,
-                        value=float(value),
-                        unit="nats",
-                        peer=baseline,
-                    )
-                )
+            records += mean_and_spread(case, "gain", values[baseline] - best)
     return records
+
+
+def mean_and_spread(case: str, metric: str, seeds: np.ndarray) -> list[Record]:
+    """Return two records: the mean over the seeds and the standard deviation [nats]."""
+    values = {metric: seeds.mean(), f"{metric}_sd": seeds.std(ddof=1)}
+    return [
+        Record(suite="corpus_study", case=case, metric=name, value=float(value), unit="nats")
+        for name, value in values.items()
+    ]
 
 
 def draw(
