@@ -121,6 +121,29 @@ def test_transformers_computes_the_same_logits(study: Study, tmp_path: Path, nam
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * largest)
 
 
+@pytest.mark.parametrize("name", SHAPES)
+def test_transformers_measures_the_same_loss(study: Study, tmp_path: Path, name: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from regmix.data.validation import Windows
+    from regmix.swarm.engine import mean_losses
+
+    shape = SHAPES[name]
+    export_model(study, name.replace(" ", "-"), tmp_path / "model")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    generator = torch.Generator().manual_seed(1)
+    size = (5, shape.seq_len + 1)
+    tokens = torch.randint(0, shape.vocab_size, size, generator=generator)
+    mask = torch.ones(5, shape.seq_len, dtype=torch.bool)
+    mask[-1, shape.seq_len // 2 :] = False
+    with torch.no_grad():
+        logits = theirs(tokens[:, :-1]).logits[mask]
+    loss = torch.nn.functional.cross_entropy(logits, tokens[:, 1:][mask])
+    windows = Windows(tokens=tokens.numpy(), mask=mask.numpy())
+    (ours,) = mean_losses(StackedLlama(shape), random_parameters(shape), windows)
+    assert ours == pytest.approx(float(loss), rel=1e-5)
+
+
 def test_transformers_loads_every_weight_and_no_other(study: Study, tmp_path: Path) -> None:
     from transformers import LlamaForCausalLM
 

@@ -28,7 +28,7 @@ KILLS = 10
 SHORTEST_SECONDS, LONGEST_SECONDS = 1.0, 25.0
 BATCH = ("--seq-len", "128", "--batch-size", "8", "--tokens")
 OFTEN = ("--checkpoint-seconds", "2")
-MODELS = ("--mixture", "optimum", "--mixture", "natural", "--model", "cpu-64")
+MODELS = ("--mixture", "optimum", "--mixture", "natural", "--model", "cpu-128")
 
 
 def command(*words: str) -> list[str]:
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--proxy-tokens", default="400k")
-    parser.add_argument("--final-tokens", default="700k")
+    parser.add_argument("--final-tokens", default="1M")
     options = parser.parse_args()
     draw = random.Random(options.seed)
     collect(options.out / "corpus", max_bytes_per_domain=600_000)
