@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -94,6 +95,17 @@ class StudyConfig:
                 )
         if not self.objective:
             raise ConfigError("the objective is empty", cure="Name at least one target")
+        weights = self.objective.values()
+        if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+            raise ConfigError(
+                f"the objective's weights are {dict(self.objective)}",
+                cure="Give weights of 0 or more, at least one of them above 0",
+            )
+        for name in ("data_seed", "init_seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)}", cure="Give a whole number of 0 or more"
+                )
 
 
 class Study:

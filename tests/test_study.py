@@ -176,9 +176,18 @@ def test_settings_are_stored_without_the_absent_ones(study: Study) -> None:
     assert "eval_tokens" not in as_table(study.config)["proxy"]
 
 
-def test_an_objective_without_targets_is_refused(study: Study) -> None:
-    with pytest.raises(ConfigError, match="empty"):
-        dataclasses.replace(study.config, objective={})
+@pytest.mark.parametrize(
+    "objective",
+    [{}, {"animals": -1.0, "numbers": 2.0}, {"animals": 0.0}, {"animals": float("nan")}],
+)
+def test_an_objective_that_is_none_is_refused(study: Study, objective: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match="objective"):
+        dataclasses.replace(study.config, objective=objective)
+
+
+def test_a_negative_seed_is_refused(study: Study) -> None:
+    with pytest.raises(ConfigError, match="data_seed is -1"):
+        dataclasses.replace(study.config, data_seed=-1)
 
 
 def test_the_samplers_constants_can_be_set(
