@@ -22,6 +22,8 @@ Config = TypeVar("Config")
 
 def build(kind: type[Config], values: Mapping[str, Any], *, where: str) -> Config:
     """Return `kind(**values)`, nested dataclasses included; `where` names the file or table."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: expected a table", cure="Write it as a table of settings")
     known = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(kind)
     arguments: dict[str, Any] = {}

@@ -53,6 +53,8 @@ class DemoResult:
     @property
     def verdict(self) -> str:
         """One sentence: win or not."""
+        if not self.gains:
+            return "There is nothing to compare the optimum with: no other model was evaluated."
         words = " and ".join(str(gain) for gain in self.gains)
         won = all(gain.mean_nats > 0 for gain in self.gains)
         start = "The optimum wins" if won else "The optimum does not win everywhere"

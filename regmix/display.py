@@ -111,6 +111,7 @@ def size(num_bytes: float) -> str:
 def count(number: float) -> str:
     """Return a large count shortly: `950`, `12.3k`, `1.05B`."""
     for limit, suffix in ((1e3, ""), (1e6, "k"), (1e9, "M"), (1e12, "B")):
-        if abs(number) < limit:
+        # 999,700 is 1M in three digits, not 1e+03k.
+        if abs(number) < 0.9995 * limit:
             return f"{number:.0f}" if suffix == "" else f"{number / limit * 1e3:.3g}{suffix}"
     return f"{number / 1e12:.3g}T"

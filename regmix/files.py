@@ -108,6 +108,18 @@ def read_json(path: Path | str) -> Any:
         ) from error
 
 
+def read_table(path: Path | str, *keys: str) -> dict[str, Any]:
+    """Read a JSON object that has `keys`; `StorageError` where it is none or lacks one."""
+    table = read_json(path)
+    missing = [key for key in keys if not isinstance(table, dict) or key not in table]
+    if not isinstance(table, dict) or missing:
+        why = f"no '{missing[0]}' in it" if missing else "not a table"
+        raise StorageError(
+            f"{path}: {why}", cure="Restore the file, or run the command that made it"
+        )
+    return table
+
+
 def checksum(path: Path | str) -> str:
     """Return the xxh3_64 of a file as 16 hexadecimal digits."""
     digest = xxhash.xxh3_64()

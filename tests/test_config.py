@@ -111,7 +111,7 @@ def test_counts_are_read_with_their_suffix(text: str, value: int) -> None:
     assert parse_count(text) == value
 
 
-@pytest.mark.parametrize("text", ["", "many", "-3", "0", "3 apples"])
+@pytest.mark.parametrize("text", ["", "many", "-3", "0", "3 apples", "1e400", "1e18B"])
 def test_what_is_not_a_count_is_refused(text: str) -> None:
     with pytest.raises(ConfigError):
         parse_count(text)
@@ -126,6 +126,18 @@ def test_pairs_and_objectives_are_read() -> None:
     for word in ("a", "a=", "=1", "a=x", "a=nan"):
         with pytest.raises(ConfigError, match="NAME=NUMBER"):
             parse_pairs((word,))
+
+
+@pytest.mark.parametrize("words", [("a=1,a=2",), ("a=1", "b=1", " a =2")])
+def test_a_name_given_twice_is_refused(words: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match="'a' is given twice"):
+        parse_pairs(words)
+
+
+@pytest.mark.parametrize("text", ["a,a", "a=1,a=2"])
+def test_a_target_given_twice_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="'a' is given twice"):
+        parse_objective(text, ("a", "b"))
 
 
 def test_a_model_comes_from_a_toml_file(tmp_path: Path) -> None:
@@ -151,7 +163,12 @@ def test_a_model_comes_from_a_toml_file(tmp_path: Path) -> None:
 def test_numbers_are_shown_as_a_person_says_them() -> None:
     assert [duration(s) for s in (4.2, 190, 7500)] == ["4 s", "3 min 10 s", "2 h 05 min"]
     assert [size(b) for b in (12, 1234, 2.5e9)] == ["12 B", "1.2 kB", "2.5 GB"]
-    assert [count(n) for n in (950, 12_300, 1.05e9)] == ["950", "12.3k", "1.05B"]
+    assert [count(n) for n in (950, 12_300, 999_700, 1.05e9)] == [
+        "950",
+        "12.3k",
+        "1M",
+        "1.05B",
+    ]
     assert nearest("wab", ["web", "books"]) == "did you mean 'web'?"
     assert nearest("zzz", ["web", "books"]) == "known: books, web"
     assert issubclass(ConfigError, RegmixError)

@@ -15,6 +15,7 @@ import zstandard
 from regmix.data.corpus import (
     Source,
     Tally,
+    _chunks,
     choose_sides,
     find_sources,
     read_documents,
@@ -248,6 +249,35 @@ def test_a_file_that_vanishes_is_a_storage_error(tmp_path: Path) -> None:
     source.path.unlink()
     with pytest.raises(StorageError, match=r"web-0\.jsonl: No such file"):
         list(read_documents(source, Tally()))
+
+
+def test_linked_folders_are_read_once_and_cycles_end(tmp_path: Path) -> None:
+    put(tmp_path / "elsewhere/deep/web-0.jsonl", b"")
+    put(tmp_path / "in/real/code-0.jsonl", b"")
+    (tmp_path / "in/more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in/also").symlink_to(tmp_path / "in/real")
+    (tmp_path / "elsewhere/deep/up").symlink_to(tmp_path / "in")
+    names = [source.name for source in find_sources([tmp_path / "in"]).files]
+    assert names == ["real/code-0.jsonl", "more/deep/web-0.jsonl"]
+
+
+def test_a_link_to_a_document_that_is_gone_is_an_error(tmp_path: Path) -> None:
+    put(tmp_path / "web-0.jsonl", b"")
+    (tmp_path / "web-1.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    with pytest.raises(StorageError, match=r"web-1\.jsonl: No such file"):
+        find_sources([tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("ending", "compress"), [(".gz", gzip.compress), (".zst", zstandard.compress)]
+)
+def test_a_file_that_grows_a_thousandfold_is_decompressed_in_bounded_steps(
+    tmp_path: Path, ending: str, compress: Callable[[bytes], bytes]
+) -> None:
+    path = put(tmp_path / f"book.txt{ending}", compress(bytes(64 << 20)))
+    sizes = [len(chunk) for chunk in _chunks(find_sources([path]).files[0], Tally())]
+    assert sum(sizes) == 64 << 20
+    assert max(sizes) <= 32 << 20
 
 
 def test_hidden_files_links_to_the_same_file_and_excluded_folders_are_passed_over(

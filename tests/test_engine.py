@@ -40,6 +40,7 @@ def job(tiny_shards: ShardSet, tiny_training: Training, tmp_path: Path) -> Stack
         training=tiny_training,
         targets=tiny_shards.domains("valid"),
         shards=str(tiny_shards.path),
+        shards_checksum=tiny_shards.checksum,
         folder=str(tmp_path / "stack"),
     )
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from regmix.errors import StudyError
+from regmix.errors import StorageError, StudyError
 from regmix.study import Training
 from regmix.swarm.engine import Member, StackJob
 from regmix.swarm.ledger import Ledger
@@ -18,7 +18,13 @@ def job_of(training: Training, name: str, indices: tuple[int, ...]) -> StackJob:
         for i in indices
     )
     return StackJob(
-        name=name, members=members, training=training, targets=("a", "b"), shards="s", folder="f"
+        name=name,
+        members=members,
+        training=training,
+        targets=("a", "b"),
+        shards="s",
+        shards_checksum="c",
+        folder="f",
     )
 
 
@@ -111,3 +117,11 @@ def test_a_ledger_of_another_version_is_refused(tmp_path: Path) -> None:
         ledger._db.execute("UPDATE meta SET value = '99'")
     with pytest.raises(StudyError, match="another version"):
         Ledger(tmp_path / "ledger.sqlite")
+
+
+def test_a_full_disk_is_named_with_its_cure(tmp_path: Path, tiny_training: Training) -> None:
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        ledger._db.execute("PRAGMA max_page_count = 6")
+        with pytest.raises(StorageError, match="cannot be written"):
+            ledger.add_stacks([job_of(tiny_training, "one", tuple(range(5000)))])
+        assert ledger.num_stacks() == 0

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from regmix.cli import mixtures as mixtures_cli
 from regmix.data.draws import BoundedOptions, RegmixOptions, scale_into_bounds
 from regmix.data.mixtures import (
     Mixture,
@@ -21,7 +23,8 @@ from regmix.data.mixtures import (
     read_mixture_yaml,
     write_mixture_yaml,
 )
-from regmix.errors import ConfigError, ConstraintError, MixtureError
+from regmix.errors import ConfigError, ConstraintError, MixtureError, RegmixError
+from regmix.swarm.drawing import SwarmRequest
 
 PRIOR = {"web": 0.9, "code": 0.09, "books": 0.009, "rare": 0.001}
 
@@ -105,6 +108,7 @@ def test_table_normalises_rounded_rows(tmp_path: Path) -> None:
         ("1,0.5\n", "row 1: 2 cells under 3 columns"),
         ("1,0.5,0.6\n", r"row 1 \(index 1\): the weights sum to 1.1"),
         ("1,0.5,x\n", "'b': weight 'x'"),
+        ("1,1e308,1e308\n", r"row 1 \(index 1\), 'a': weight '1e308'"),
         ("", "no rows"),
     ],
 )
@@ -159,6 +163,15 @@ def test_yaml_accepts_a_float_without_a_dot(tmp_path: Path) -> None:
         ("train: {train_a: 0.5, train_b: 0.2}", "sum to 0.7"),
         ("train: {train_a: !!python/object/apply:os.getcwd []}", "not valid YAML"),
         ("#" + "x" * 1_100_000, "too long"),
+        ("train: {train_a: 1.0e+308, train_b: 1.0e+308}", "'a': weight 1e.308"),
+        ("train: {train_a: " + "1" * 401 + "}", "'a': weight of type int"),
+        ("train:\n  ? 0x" + "f" * 5000 + "\n  : 1.0", "many digits"),
+        ("train: !!map [1, 2]", "not valid YAML"),
+        ('train: {train_a: !!timestamp "zz"}', "not valid YAML"),
+        ('train: {train_a: !!bool "zz"}', "not valid YAML"),
+        ('train: {train_a: !!int ""}', "not valid YAML"),
+        ("train: {train_a: " + ":".join(["1"] * 400) + ".5}", "not valid YAML"),
+        ("a: &a {train_a: 1.0}\ntrain: {<<: *a}", "merge keys"),
     ],
 )
 def test_yaml_refuses_what_is_no_mixture(tmp_path: Path, text: str, message: str) -> None:
@@ -285,3 +298,95 @@ def test_swarm_refuses_an_unknown_sampler_and_bad_options() -> None:
         draw_swarm(PRIOR, 4, sampler="regmux", seed=0)
     with pytest.raises(ConfigError, match="out of range"):
         BoundedOptions(min_weight=-1.0)
+
+
+def test_yaml_aliases_do_not_fill_the_screen(tmp_path: Path) -> None:
+    lines = ["l0: &l0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 10)}]" for i in range(1, 5)]
+    path = write(tmp_path / "m.yaml", "\n".join([*lines, "train: {train_a: *l4}"]))
+    with pytest.raises(MixtureError, match="'a': weight of type list") as caught:
+        read_mixture_yaml(path)
+    assert len(str(caught.value)) < 1000
+
+
+def test_yaml_of_many_keys_is_checked_for_duplicates_in_linear_time(tmp_path: Path) -> None:
+    num = 2000
+    body = ", ".join(f"k{i}: 0" for i in range(num))
+    path = write(tmp_path / "m.yaml", f"train: {{train_a: 1.0, {body}}}")
+    hashed = 0
+
+    class Counted(str):
+        def __eq__(self, other: object) -> bool:
+            nonlocal hashed
+            hashed += 1
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+    import yaml
+
+    from regmix.data.mixtures import _strict_loader
+
+    loader = _strict_loader()(path.read_text())
+    node = loader.get_single_node()
+    pairs = node.value[0][1].value
+    for key, _ in pairs:
+        key.value = Counted(key.value)
+    assert isinstance(node, yaml.MappingNode)
+    loader.construct_mapping(node.value[0][1])
+    assert hashed < 20 * num
+
+
+def test_token_counts_are_scaled_to_weights(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.yaml", "train: {train_a: 3000000000, train_b: 1000000000}")
+    assert read_mixture_yaml(path, normalise=True)["a"] == 0.75
+
+
+def test_swarm_too_large_to_draw_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"3,000,000,000 mixtures.*at most"):
+        draw_swarm(PRIOR, 3_000_000_000, seed=0)
+
+
+def test_paper_sampler_refuses_more_draws_than_memory_holds() -> None:
+    with pytest.raises(ConfigError, match="oversampling 1000000000"):
+        RegmixOptions(oversampling=10**9)
+
+
+@pytest.mark.parametrize("sampler", ["bounded", "regmix"])
+@pytest.mark.parametrize("temperature", [math.inf, math.nan, 1e9])
+def test_sampler_option_out_of_range_is_refused(sampler: str, temperature: float) -> None:
+    request = SwarmRequest(num=4, sampler=sampler, options={"temperature": temperature})
+    with pytest.raises(ConfigError, match="temperature"):
+        request.draw(PRIOR)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--from", "{csv}", "--num", "64"], "--num has no use with --from"),
+        (["--from", "{csv}", "--sampler", "bounded"], "--sampler has no use with --from"),
+        (["--from", "{csv}", "--sampler-option", "temperature=1"], "--sampler-option has no use"),
+        (["--from", "{csv}", "--lower", "a=0.1"], "--lower has no use with --from"),
+        (["--from", "{csv}", "--upper", "a=0.1"], "--upper has no use with --from"),
+        (["--add", "--shards", "s"], "--shards has no use with --add"),
+        (["--add", "--target", "mean"], "--target has no use with --add"),
+        (["--add", "--tokens", "2M"], "--tokens has no use with --add"),
+        (["--add", "--model", "cpu-64"], "--model has no use with --add"),
+        (["--add", "--eval-every", "3"], "--eval-every has no use with --add"),
+        (["--add", "--from", "{csv}"], "--from has no use with --add"),
+        (["--num", "4", "--seed", "1"], "a new study needs a corpus"),
+        (["--add", "--num", "4", "--seed", "1", "--json"], "no study"),
+    ],
+)
+def test_options_without_use_are_refused(tmp_path: Path, words: list[str], message: str) -> None:
+    csv = write(tmp_path / "m.csv", "index,train_a\n1,1.0\n")
+    filled = [str(tmp_path / "study"), *(word.format(csv=csv) for word in words)]
+    with pytest.raises(RegmixError, match=message):
+        CliRunner().invoke(mixtures_cli.command, filled, catch_exceptions=False)
+
+
+@pytest.mark.parametrize("option", ["--seed", "--data-seed", "--init-seed"])
+def test_negative_seed_of_a_swarm_is_refused(option: str) -> None:
+    result = CliRunner().invoke(mixtures_cli.command, ["study", option, "-1"])
+    assert result.exit_code == 2
+    assert "x>=0" in result.output

@@ -18,7 +18,7 @@ from regmix.cli import optimize as optimize_cli
 from regmix.data.mixtures import MixtureTable, read_mixture_yaml, write_mixture_yaml
 from regmix.decision.constraints import make_constraints
 from regmix.decision.objective import make_objective, parse_objective
-from regmix.decision.optimum import optimize
+from regmix.decision.optimum import Compared, _verdict, optimize
 from regmix.decision.surrogate import Surrogate, fit
 from regmix.errors import ConfigError, ConstraintError, LossTableError, RegmixError
 from regmix.model.optim import OptimConfig
@@ -138,6 +138,61 @@ def test_verdict_keeps_the_prior_where_the_gain_is_noise() -> None:
     assert optimize(clear, objective="x", prior=PRIOR).verdict.startswith("use the optimum")
 
 
+@pytest.mark.parametrize(
+    ("gain", "feasible", "words"),
+    [
+        (0.10, True, "use the optimum: 0.100 nats below 'p', more than the 0.066 nats"),
+        (0.10, False, "use the optimum: 0.100 nats below 'p', more than the 0.066 nats"),
+        (0.05, True, "keep 'p': a predicted gain of 0.050 nats is no more than the 0.066 nats"),
+        (-0.08, True, "keep 'p': it respects the constraints, and the optimum is predicted 0.080"),
+        (0.05, False, "'p' breaks the constraints, and keeping them costs nothing (gain 0.050"),
+        (-0.08, False, "'p' breaks the constraints, and keeping them costs 0.080 nats"),
+    ],
+)
+def test_verdict_is_true_and_feasible(gain: float, feasible: bool, words: str) -> None:
+    over = Compared(name="p", weights={}, loss=2.0, gain=gain, feasible=feasible)
+    assert words in _verdict(over, 0.04)
+
+
+def test_verdict_never_advises_a_baseline_that_breaks_the_constraints(smooth: Surrogate) -> None:
+    best = optimize(smooth, lower={"a": 0.1, "b": 0.2, "c": 0.7})
+    assert best.gain < 0
+    assert best.verdict.startswith("use the optimum: 'swarm mean' breaks the constraints")
+
+
+@pytest.mark.parametrize("regressor", ["lightgbm", "linear", "powerlaw"])
+def test_the_optimum_of_one_domain_is_that_domain(regressor: str) -> None:
+    losses = 2 + np.random.default_rng(0).normal(0, 0.1, (20, 1))
+    model = fit(np.ones((20, 1)), losses, regressor=regressor, domains=("a",), targets=("x",))
+    assert optimize(model).weights.tolist() == [1.0]
+
+
+@pytest.mark.parametrize("command", [fit_cli.command, optimize_cli.command])
+def test_negative_seed_is_refused(command: Any) -> None:
+    result = CliRunner().invoke(command, ["study", "--seed", "-1"])
+    assert result.exit_code == 2
+    assert "x>=0" in result.output
+
+
+def test_infinite_epochs_are_no_limit_and_stay_out_of_the_json(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study")
+    words = ["--tokens", "4M", "--max-epochs", "inf", "--regressor", "linear", "--json"]
+    told = run(optimize_cli.command, study.path, *words)
+    assert "Infinity" not in told
+    assert json.loads(told)["max_epochs"] is None
+
+
+def test_two_baselines_of_one_name_are_refused(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study")
+    files = [tmp_path / "one" / "mine.yaml", tmp_path / "two" / "mine.yaml"]
+    for file in files:
+        write_mixture_yaml(file, PRIOR)
+    words = [str(study.path), "--regressor", "linear"]
+    words += [word for file in files for word in ("--baseline", str(file))]
+    with pytest.raises(ConfigError, match="another baseline is called 'mine'"):
+        CliRunner().invoke(optimize_cli.command, words, catch_exceptions=False)
+
+
 def test_objectives_agree_with_their_definition() -> None:
     losses = np.array([[1.0, 2.0, 6.0]])
     values = {
@@ -161,6 +216,7 @@ def test_objectives_agree_with_their_definition() -> None:
         ([], ConfigError, "no target"),
         (["x", "x"], ConfigError, "once"),
         (7, ConfigError, "no target number 7"),
+        ({"x": 1e308, "y": 1e308}, ConfigError, r"weight 1e\+308 of target 'x'"),
     ],
 )
 def test_objective_that_is_none_is_refused(
@@ -318,6 +374,12 @@ def test_bare_tables_are_fitted_tested_and_optimised(tmp_path: Path) -> None:
         (["missing"], "holds no study"),
         (["--prior", "natural", "--mixtures", "{m}", "--losses", "{l}"], "--prior natural.yaml"),
         (["--tokens", "1B", "--mixtures", "{m}", "--losses", "{l}"], "--available DOMAIN=TOKENS"),
+        (["--available", "a=1B", "--mixtures", "{m}", "--losses", "{l}"], "Add its tokens.*--tok"),
+        (
+            ["--available", "a=1B,a=2B", "--tokens", "1B", "--mixtures", "{m}", "--losses", "{l}"],
+            "'a' is given twice",
+        ),
+        (["--objective", "x=1,x=2", "--mixtures", "{m}", "--losses", "{l}"], "'x' is given twice"),
     ],
 )
 def test_optimize_says_what_is_missing(tmp_path: Path, words: list[str], message: str) -> None:

@@ -25,6 +25,7 @@ from regmix.data import pack as pack_module
 from regmix.data.corpus import Tally, find_sources, read_documents, side_of
 from regmix.data.pack import pack
 from regmix.data.shards import ShardSet
+from regmix.data.tokenizer import LARGEST_BPE, SMALLEST_BPE
 from regmix.errors import ConfigError, CorpusError, ShardError, StorageError, TokenizerError
 
 WORDS = ["time", "person", "year", "way", "day", "thing", "world", "life", "hand", "part", "eye"]
@@ -76,6 +77,7 @@ def content(folder: Path) -> dict[str, bytes]:
 def expected(corpus: Path, tokenizer: Path, side: str, domain: str) -> tuple[list[int], int, int]:
     """Return (tokens, documents, bytes) as the `tokenizers` library gives them."""
     library = tokenizers.Tokenizer.from_file(str(tokenizer))
+    library.encode_special_tokens = True
     ids: list[int] = []
     count = num_bytes = 0
     for source in find_sources([corpus]).files:
@@ -173,6 +175,44 @@ def test_what_is_left_out_is_counted_per_domain_and_named_by_line(tmp_path: Path
     assert "web-0.jsonl, line 21: no field 'text'" in example
 
 
+def unknown_words(path: Path) -> Path:
+    """A tokenizer that has tokens for time and person, and drops all that is not ASCII."""
+    vocabulary = {"<|endoftext|>": 0, "time": 1, "person": 2, "?": 3}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="?"))
+    backend.normalizer = tokenizers.normalizers.Replace(tokenizers.Regex("[^ -~]"), "")
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    path.write_text(backend.to_str())
+    return path
+
+
+def test_documents_without_a_token_are_left_out_and_counted(tmp_path: Path) -> None:
+    put(tmp_path / "in/web-0.jsonl", lines(["time person", "東京", "x"]))
+    put(tmp_path / "in/code-0.jsonl", lines(["time"]))
+    path = unknown_words(tmp_path / "t.json")
+    report = pack([tmp_path / "in"], tmp_path / "out", tokenizer=path, valid_fraction=0)
+    shards = ShardSet.open(tmp_path / "out")
+    assert shards.arrays("train", "web")[0].tolist() == [1, 2, 0, 3, 0]
+    web = shards.stats("train", "web")
+    assert (web.documents, web.tokens, web.utf8_bytes, web.malformed) == (2, 5, 12, 1)
+    assert report.malformed_examples == ("domain 'web': no token in the document '東京'",)
+
+
+@pytest.mark.parametrize(("strict", "message"), [(True, "no token in"), (False, "no documents to")])
+def test_a_domain_without_a_token_is_an_error(tmp_path: Path, strict: bool, message: str) -> None:
+    put(tmp_path / "in/web-0.jsonl", lines(["東京"]))
+    path = unknown_words(tmp_path / "t.json")
+    with pytest.raises(CorpusError, match=f"domain 'web'.*{message}|{message}.*東京"):
+        pack([tmp_path / "in"], tmp_path / "out", tokenizer=path, valid_fraction=0, strict=strict)
+
+
+def test_a_document_that_spells_out_the_separator_stays_one_document(tmp_path: Path) -> None:
+    put(tmp_path / "in/web-0.jsonl", lines(["a<|endoftext|>b", "c"]))
+    pack([tmp_path / "in"], tmp_path / "out", train_bpe=300, valid_fraction=0)
+    shards = ShardSet.open(tmp_path / "out")
+    (ids,) = shards.arrays("train", "web")
+    assert (ids == shards.separator_id).sum() == shards.stats("train", "web").documents == 2
+
+
 def test_strict_stops_and_leaves_no_corpus(tmp_path: Path) -> None:
     put(tmp_path / "in/web-0.jsonl", lines(texts("web", 20)) + b"{bad\n")
     with pytest.raises(CorpusError, match=r"web-0\.jsonl, line 21: not JSON"):
@@ -265,6 +305,41 @@ def test_changed_documents_of_the_same_size_are_noticed(corpus: Path, tmp_path: 
     path.write_bytes(path.read_bytes().replace(b"year", b"dear"))
     with pytest.raises(ShardError, match=r"source file train/web-1\.jsonl differs"):
         pack([corpus], tmp_path / "out", train_bpe=300)
+
+
+def test_a_change_is_noticed_where_two_inputs_hold_files_of_one_name(tmp_path: Path) -> None:
+    for folder in "ab":
+        put(tmp_path / folder / "web-0.jsonl", lines(texts(folder, 40)))
+    inputs = [tmp_path / "a", tmp_path / "b"]
+    pack(inputs, tmp_path / "out", train_bpe=300)
+    assert pack(inputs, tmp_path / "out", train_bpe=300).already_complete
+    for folder in "ab":
+        path = tmp_path / folder / "web-0.jsonl"
+        before = path.read_bytes()
+        path.write_bytes(before.replace(b"year", b"dear"))
+        with pytest.raises(ShardError, match=r"source file web-0\.jsonl differs"):
+            pack(inputs, tmp_path / "out", train_bpe=300)
+        path.write_bytes(before)
+
+
+def test_force_keeps_the_corpus_until_the_new_one_is_complete(corpus: Path, tmp_path: Path) -> None:
+    first = pack([corpus], tmp_path / "out", train_bpe=300)
+    whole = (corpus / "train/web-0.jsonl.zst").read_bytes()
+    for broken in (whole[: len(whole) // 2], zstandard.compress(b"{bad\n")):
+        put(corpus / "train/web-0.jsonl.zst", broken)
+        with pytest.raises(CorpusError, match=r"web-0\.jsonl"):
+            pack([corpus], tmp_path / "out", train_bpe=310, force=True, strict=True)
+        shards = ShardSet.open(tmp_path / "out")
+        assert shards.checksum == first.checksum
+        assert shards.arrays("train", "web")
+    put(corpus / "train/web-0.jsonl.zst", whole)
+    pack([corpus], tmp_path / "out", train_bpe=310, force=True)
+    pack([corpus], tmp_path / "fresh", train_bpe=310)
+    assert (
+        content(tmp_path / "out")["train/web-0.tokens"]
+        == (content(tmp_path / "fresh")["train/web-0.tokens"])
+    )
+    assert not (tmp_path / "out/.replacement").exists()
 
 
 def test_force_replaces_a_corpus_and_removes_its_other_files(corpus: Path, tmp_path: Path) -> None:
@@ -408,6 +483,16 @@ def test_the_command_answers_in_json(corpus: Path, tmp_path: Path) -> None:
     shards = ShardSet.open(tmp_path / "out")
     assert answer["checksum"] == shards.checksum
     assert answer["splits"]["valid"]["code"]["tokens"] == shards.stats("valid", "code").tokens
+
+
+@pytest.mark.parametrize("vocab_size", [SMALLEST_BPE - 1, LARGEST_BPE + 1, 10**20])
+def test_the_command_refuses_a_vocabulary_that_cannot_be_trained(
+    corpus: Path, tmp_path: Path, vocab_size: int
+) -> None:
+    arguments = [str(corpus), "--out", str(tmp_path / "out"), "--train-bpe", str(vocab_size)]
+    shown = CliRunner().invoke(command, arguments)
+    assert shown.exit_code == 2
+    assert f"{SMALLEST_BPE}<=x<={LARGEST_BPE}" in shown.output
 
 
 @pytest.mark.parametrize("pair", ["web", "=x", "web="])

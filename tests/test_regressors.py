@@ -201,9 +201,10 @@ def test_unknown_regressor_is_refused() -> None:
         fit(draws(30), law(draws(30)), regressor="powrlaw")
 
 
-def test_losses_that_are_not_finite_are_refused_with_their_row() -> None:
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e308])
+def test_losses_that_are_none_are_refused_with_their_row(bad: float) -> None:
     losses = law(draws(30))
-    losses[4, 1] = np.nan
+    losses[4, 1] = bad
     with pytest.raises(LossTableError, match="row 4, target '1'"):
         fit(draws(30), losses)
 

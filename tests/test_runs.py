@@ -42,6 +42,13 @@ def test_run_without_finite_losses_is_left_out_and_named(tmp_path: Path, bad: st
     assert [(run.index, run.reason) for run in runs.dropped] == [(3, "loss of 'p_a' is not finite")]
 
 
+def test_run_with_an_absurd_loss_is_left_out_and_named(tmp_path: Path) -> None:
+    runs = read(tmp_path, rows(3) + "3,2.0,1e308\n")
+    assert runs.indices == (1, 2, 4, 5, 6)
+    reason = "loss of 'p_b' is above 1,000,000 nats"
+    assert [(run.index, run.reason) for run in runs.dropped] == [(3, reason)]
+
+
 def test_constant_domain_is_reported(tmp_path: Path) -> None:
     assert read(tmp_path, rows()).constant_domains == ("p_c",)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from regmix.data.shards import ShardSet
-from regmix.errors import StudyError
+from regmix.errors import ModelError, StudyError
 from regmix.study import Study, Training
 from regmix.swarm.drawing import SwarmRequest, add_mixtures, make_study
 from regmix.swarm.executors import (
@@ -212,6 +212,10 @@ def test_a_dry_run_stores_no_plan(study: Study) -> None:
 def test_too_little_memory_is_refused_before_anything_starts(
     study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def probe(*_: object) -> float:
+        raise AssertionError("something was trained before the refusal")
+
+    monkeypatch.setattr("regmix.swarm.cost.measure_tokens_per_second", probe)
     monkeypatch.setattr("regmix.swarm.cost.available_memory_bytes", lambda: 10_000)
     with pytest.raises(StudyError, match=r"10\.0 kB are free"):
         run_sweep(study, SweepOptions(num_workers=1))
@@ -240,3 +244,48 @@ def test_done_events_carry_every_loss(study: Study) -> None:
     run_sweep(study, SweepOptions(num_workers=1), on_event=lambda e, _: events.append(e))
     done = [event for event in events if isinstance(event, Done)]
     assert sum(len(event.result["losses"]) for event in done) == 6
+
+
+def test_what_another_sweep_left_in_a_stacks_folder_is_not_taken_for_a_result(
+    study: Study, tiny_training: Training
+) -> None:
+    from regmix.swarm.sweep import stack_job, study_member
+    from regmix.swarm.worker import train_job
+
+    weights = [{"animals": 1.0}, {"numbers": 1.0}]
+    first, second = (study_member(study, str(i), w) for i, w in enumerate(weights))
+    train_job(stack_job(study, "stack-0000", (first, second), tiny_training, 1))
+    with pytest.raises(ModelError, match="another stack"):
+        train_job(stack_job(study, "stack-0000", (second, first), tiny_training, 1))
+
+
+@pytest.mark.parametrize("moment", ["steps", "ledger", "export", "folder"])
+def test_a_kill_while_a_stack_is_collected_loses_and_doubles_nothing(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    from regmix.swarm import sweep
+
+    class KilledError(BaseException):
+        pass
+
+    def killed(*_: object, **__: object) -> None:
+        raise KilledError
+
+    options = SweepOptions(num_workers=1, stack_size=6)
+    with monkeypatch.context() as patch:
+        if moment == "steps":
+            patch.setattr(sweep.os, "replace", killed)
+        elif moment == "ledger":
+            patch.setattr(Ledger, "finish_stack", killed)
+        elif moment == "export":
+            patch.setattr(Ledger, "export_losses", killed)
+        else:
+            patch.setattr(sweep.shutil, "rmtree", killed)
+        with pytest.raises(KilledError):
+            run_sweep(study, options)
+    result = run_sweep(study, options)
+    assert (result.num_done, result.num_failed, result.num_pending) == (6, 0, 0)
+    assert list(study.stacks_path.iterdir()) == []
+    other = new_study(study.open_shards(), study.config.proxy, tmp_path / "other")
+    run_sweep(other, options)
+    assert outcome(study) == outcome(other)

@@ -10,12 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from regmix.data.mixtures import Mixture
+from regmix.data.mixtures import Mixture, write_mixture_yaml
 from regmix.data.shards import ShardSet
-from regmix.errors import MixtureError, ModelError, StudyError
+from regmix.errors import MixtureError, ModelError, RegmixError, StudyError
 from regmix.large.comparison import FinalModel, compare_models, gains_of, group_models
 from regmix.large.evaluate import evaluate_model, load_model
-from regmix.large.train import TrainRequest, plan_domains, resolve_mixture, run_training
+from regmix.large.train import (
+    TrainRequest,
+    budget_remarks,
+    plan_domains,
+    resolve_mixture,
+    resolve_mixtures,
+    run_training,
+)
 from regmix.study import Study, Training
 from regmix.swarm.drawing import SwarmRequest, make_study
 from regmix.swarm.executors import Event, Progress
@@ -265,3 +272,76 @@ def test_a_model_of_another_tokenizer_is_refused(study: Study, request_of: Train
     path.write_text(json.dumps(config))
     with pytest.raises(ModelError, match="another tokenizer"):
         evaluate_model(study, path.parent)
+
+
+def test_two_mixtures_of_one_name_are_refused(study: Study, tmp_path: Path) -> None:
+    for folder, weights in (("a", {"animals": 1.0}), ("b", {"numbers": 1.0})):
+        (tmp_path / folder).mkdir()
+        write_mixture_yaml(tmp_path / folder / "mix.yaml", weights)
+    files = [str(tmp_path / folder / "mix.yaml") for folder in "ab"]
+    with pytest.raises(MixtureError, match="called 'mix' too"):
+        resolve_mixtures(study, files)
+    assert list(resolve_mixtures(study, [files[0], files[0], "natural"])) == ["mix", "natural"]
+
+
+def test_a_file_may_not_take_the_name_of_the_studys_own_mixture(
+    study: Study, tmp_path: Path
+) -> None:
+    write_mixture_yaml(tmp_path / "optimum.yaml", {"animals": 1.0})
+    with pytest.raises(MixtureError, match="may not be called 'optimum'"):
+        resolve_mixture(study, str(tmp_path / "optimum.yaml"))
+
+
+def test_a_mixture_file_with_an_unknown_domain_is_refused(study: Study, tmp_path: Path) -> None:
+    write_mixture_yaml(tmp_path / "mix.yaml", {"animal": 1.0})
+    with pytest.raises(MixtureError, match="did you mean 'animals'"):
+        resolve_mixture(study, str(tmp_path / "mix.yaml"))
+
+
+def test_weights_of_another_shape_are_refused(study: Study, request_of: TrainRequest) -> None:
+    run_training(study, dataclasses.replace(request_of, replicates=1))
+    path = study.models_path / "natural-0" / "config.json"
+    config = json.loads(path.read_text())
+    config["shape"]["width"] = 64
+    path.write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="do not have the shape"):
+        load_model(path.parent)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"shape": 1, "tokenizer": {"hash": "x"}}'])
+def test_damaged_settings_of_a_model_are_refused(
+    study: Study, request_of: TrainRequest, text: str
+) -> None:
+    run_training(study, dataclasses.replace(request_of, replicates=1))
+    folder = study.models_path / "natural-0"
+    (folder / "config.json").write_text(text)
+    with pytest.raises(RegmixError, match=r"config\.json"):
+        load_model(folder)
+
+
+def test_a_model_that_diverged_is_named_and_leaves_nothing_behind(
+    study: Study, request_of: TrainRequest
+) -> None:
+    optim = dataclasses.replace(request_of.training.optim, lr=1e30)
+    training = dataclasses.replace(request_of.training, optim=optim)
+    request = dataclasses.replace(request_of, training=training, replicates=1)
+    for _ in range(2):
+        with pytest.raises(ModelError, match=r"-0: .*not finite.*learning-rate"):
+            run_training(study, request)
+    assert not list(study.models_path.glob("*"))
+
+
+def test_a_run_longer_than_the_optimums_budget_is_remarked(
+    study: Study, tiny_training: Training
+) -> None:
+    table = {"budget_tokens": tiny_training.tokens, "verdict": "use the optimum: 1 nat"}
+    (study.path / "optimum.json").write_text(json.dumps(table))
+    assert budget_remarks(study, ["optimum"], tiny_training) == []
+    longer = dataclasses.replace(tiny_training, num_steps=24)
+    (remark,) = budget_remarks(study, ["optimum"], longer)
+    assert "does not hold" in remark
+    assert budget_remarks(study, ["natural"], longer) == []
+    table["verdict"] = "keep 'natural': within the error"
+    (study.path / "optimum.json").write_text(json.dumps(table))
+    (remark,) = budget_remarks(study, ["optimum"], tiny_training)
+    assert "keep 'natural'" in remark

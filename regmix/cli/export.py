@@ -133,12 +133,12 @@ def _export_mixture(
 
 def _known_epochs(study: Study, mixture: str, weights: Mixture) -> dict[str, float]:
     """Return epochs by domain for the budget that the optimum was found for; none before it."""
-    from regmix.files import read_json
+    from regmix.files import read_table
 
     path = study.path / "optimum.json"
     if not path.is_file():
         return {}
-    table = read_json(path)
+    table = read_table(path)
     if mixture == "optimum" and table.get("epochs"):
         return {domain: float(epochs) for domain, epochs in table["epochs"].items()}
     budget, available = table.get("budget_tokens"), study.config.available_tokens

@@ -27,7 +27,13 @@ if TYPE_CHECKING:
 )
 @click.option("--target", "targets", multiple=True, help="Fit this target only; repeatable.")
 @click.option("--objective", help="Target, mean, worst or a=0.5,b=0.5.  [default: the study's]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of folds and starts.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Seed of folds and starts.",
+)
 @click.option("--partial", is_flag=True, help="Go on without the proxies that have no losses yet.")
 @click.option("--test-mixtures", type=click.Path(), help="Mixtures of unseen runs to test on.")
 @click.option("--test-losses", type=click.Path(), help="Losses of unseen runs to test on.")

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from regmix.study import Study
 
 
+_USED_BY_DRAW = ("num", "sampler", "settings", "lower", "upper", "seed")
+_USED_BY_ADD = ("study", "add", "as_json", *_USED_BY_DRAW)
+
+
 @click.command()
 @click.argument("study", required=False)
 @click.option("--shards", type=click.Path(), help="Folder that `pack` wrote; for a new study.")
@@ -70,9 +74,11 @@ if TYPE_CHECKING:
     type=click.IntRange(min=1),
     help="Steps between evaluations; default: only at the end.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the draw.")
-@click.option("--data-seed", type=int, default=0, show_default=True)
-@click.option("--init-seed", type=int, default=0, show_default=True)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the draw."
+)
+@click.option("--data-seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--init-seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the coverage by domain as JSON.")
 def command(
     study: str | None,
@@ -114,6 +120,7 @@ def command(
     from regmix.study import Study, find_study
     from regmix.swarm.drawing import SwarmRequest, add_mixtures, make_study
 
+    _refuse_useless(add=add, source=source)
     request = SwarmRequest(
         num=num,
         sampler=sampler,
@@ -161,6 +168,30 @@ def command(
         return
     show_coverage(opened, len(drawn), rows)
     click.echo(f"Next: regmix-fast proxies {study or ''}".rstrip())
+
+
+def _refuse_useless(*, add: bool, source: str | None) -> None:
+    """Raise for an option that was given and that --add or --from leaves without use."""
+    from click.core import ParameterSource
+
+    from regmix.errors import ConfigError
+
+    context = click.get_current_context()
+    for option in context.command.params:
+        name = option.name or ""
+        if context.get_parameter_source(name) is ParameterSource.DEFAULT:
+            continue
+        if add and name not in _USED_BY_ADD:
+            raise ConfigError(
+                f"{option.opts[0]} has no use with --add: the study keeps the settings that it "
+                "was made with",
+                cure=f"Leave {option.opts[0]} out, or make a new study",
+            )
+        if source is not None and name in _USED_BY_DRAW:
+            raise ConfigError(
+                f"{option.opts[0]} has no use with --from: the file says which mixtures there are",
+                cure=f"Leave out {option.opts[0]} or --from",
+            )
 
 
 def show_coverage(study: Study, num_mixtures: int, rows: Sequence[DomainCoverage]) -> None:

@@ -44,7 +44,9 @@ if TYPE_CHECKING:
 @click.option(
     "--regressor", help="auto, powerlaw, lightgbm or linear.  [default: as fit, else auto]"
 )
-@click.option("--seed", type=int, help="Seed of fit and search.  [default: as fit, else 0]")
+@click.option(
+    "--seed", type=click.IntRange(min=0), help="Seed of fit and search.  [default: as fit, else 0]"
+)
 @click.option(
     "--extrapolate", is_flag=True, help="Allow weights above the largest that any run had."
 )
@@ -86,7 +88,13 @@ def command(
     from regmix.decision.records import optimum_record, write_optimum
     from regmix.decision.runs import read_runs
     from regmix.decision.surrogate import fit
+    from regmix.errors import ConfigError
 
+    if available and not tokens:
+        raise ConfigError(
+            "--available limits epochs only for a run of known length",
+            cure="Add its tokens, for example --tokens 25B, or leave --available out",
+        )
     opened, mixtures_path, losses_path = open_source(study, mixtures, losses)
     runs = read_runs(mixtures_path, losses_path, partial=partial)
     used, used_seed = _settings_of_fit(opened, regressor, seed)
@@ -129,7 +137,11 @@ def command(
             f"At the largest weight of any run: {', '.join(best.at_edge)}. More may be better "
             "still: draw mixtures beyond it, or allow the guess with --extrapolate"
         )
-    follow = f"regmix-fast train {study or ''}" if opened else "regmix-fast export --help"
+    follow = (
+        f"regmix-fast train {study or ''} --mixture optimum --mixture natural"
+        if opened
+        else "regmix-fast export --help"
+    )
     click.echo(f"Next: {follow}".rstrip())
 
 
@@ -149,11 +161,17 @@ def _settings_of_fit(
 
 def _mixtures_of(files: tuple[str, ...]) -> tuple[dict[str, Mapping[str, float]], list[str]]:
     from regmix.data.mixtures import read_mixture_yaml
+    from regmix.errors import ConfigError
 
     found: dict[str, Mapping[str, float]] = {}
     remarks = []
     for name in files:
         mixture = read_mixture_yaml(name, normalise=True)
+        if Path(name).stem in found:
+            raise ConfigError(
+                f"--baseline {name}: another baseline is called '{Path(name).stem}' too",
+                cure="Rename one of the files: their names tell the baselines apart",
+            )
         found[Path(name).stem] = mixture
         remarks += _scaled(name, mixture.requested_sum)
     return found, remarks
@@ -202,6 +220,10 @@ def _available(pairs: tuple[str, ...], study: Study | None) -> dict[str, float]:
         name, equals, number = pair.partition("=")
         if not equals:
             raise ConfigError(f"'{pair}' is not DOMAIN=TOKENS", cure="Write for example web=2B")
+        if name.strip() in found:
+            raise ConfigError(
+                f"--available: '{name.strip()}' is given twice", cure="Give each domain once"
+            )
         found[name.strip()] = float(parse_count(number))
     return found
 

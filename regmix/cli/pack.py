@@ -33,7 +33,10 @@ def _globs(pairs: tuple[str, ...]) -> dict[str, str]:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the shards.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="A Hugging Face tokenizer.json.")
 @click.option(
-    "--train-bpe", type=int, metavar="TOKENS", help="Train a byte-level BPE of this vocabulary."
+    "--train-bpe",
+    type=click.IntRange(257, 1 << 20),
+    metavar="TOKENS",
+    help="Train a byte-level BPE of this vocabulary (257 to 1048576).",
 )
 @click.option("--separator", help="Token that ends every document.  [default: <|endoftext|>]")
 @click.option(
@@ -54,7 +57,11 @@ def _globs(pairs: tuple[str, ...]) -> dict[str, str]:
 )
 @click.option("--text-field", default="text", show_default=True, help="Field that holds the text.")
 @click.option("--strict", is_flag=True, help="Stop at the first record that cannot be read.")
-@click.option("--force", is_flag=True, help="Replace a corpus that is there already.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Replace a corpus that is there already, once the new one is complete beside it.",
+)
 @click.option("--workers", type=click.IntRange(1), help="Encoding threads.  [default: all cores]")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(

@@ -52,7 +52,7 @@ def command(
         checkpoint_seconds=checkpoint_seconds,
     )
     remark = f"{options.workers} workers"
-    with TrainingDisplay("proxies", dry_run=dry_run, remark=remark) as display:
+    with TrainingDisplay("proxies", dry_run=dry_run, as_json=as_json, remark=remark) as display:
         result = run_sweep(opened, options, on_start=display.on_start, on_event=display.on_event)
     if as_json:
         click.echo(json.dumps(vars(result)))
@@ -60,6 +60,11 @@ def command(
         click.echo(f"{result.num_done} proxies have their losses: {opened.losses_path}")
         for name, why in result.failures:
             click.echo(f"  {name}: {why}", err=True)
+    if result.num_pending:
+        raise RegmixError(
+            f"{result.num_pending} proxies could not be trained",
+            cure="Cure the reasons above, then run the same command again",
+        )
     if result.num_failed:
         raise RegmixError(
             f"{result.num_failed} proxies failed",

@@ -57,7 +57,13 @@ def command(
     Example:  regmix-fast train study --model cpu-128 --mixture optimum --mixture natural --seeds 3
     """
     from regmix.cli.words import parse_count, training_from
-    from regmix.large.train import TrainRequest, plan_domains, resolve_mixture, run_training
+    from regmix.large.train import (
+        TrainRequest,
+        budget_remarks,
+        plan_domains,
+        resolve_mixtures,
+        run_training,
+    )
     from regmix.study import Study, find_study
 
     refuse_gpus(gpus)
@@ -73,7 +79,7 @@ def command(
         warmup_steps=warmup_steps,
         schedule=schedule,
     )
-    resolved = dict(resolve_mixture(opened, name) for name in mixtures)
+    resolved = resolve_mixtures(opened, mixtures)
     num_models = len(resolved) * seeds
     num_workers = min(workers or os.cpu_count() or 1, num_models)
     request = TrainRequest(
@@ -88,8 +94,10 @@ def command(
         uses = plan_domains(shards, mixture, training)
         shown = ", ".join(f"{d} {use.epochs:.2f}" for d, use in sorted(uses.items()))
         click.echo(f"{name}: epochs by domain: {shown}", err=True)
+    for line in budget_remarks(opened, list(resolved), training):
+        click.echo(line, err=True)
     remark = f"{training.shape.num_parameters / 1e6:.2f}M parameters a model"
-    with TrainingDisplay("train", dry_run=dry_run, remark=remark) as display:
+    with TrainingDisplay("train", dry_run=dry_run, as_json=as_json, remark=remark) as display:
         names = run_training(opened, request, on_start=display.on_start, on_event=display.on_event)
     folders = [str(opened.models_path / name) for name in names]
     if as_json:

@@ -6,6 +6,8 @@ display that shows models done, tokens per second, the loss and the time that is
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -81,8 +83,9 @@ def running_options(command: Command) -> Command:
 class TrainingDisplay:
     """Shows the cost, then the progress; `dry_run` ends the command after the cost."""
 
-    def __init__(self, title: str, *, dry_run: bool, remark: str) -> None:
-        self.title, self.dry_run, self.remark = title, dry_run, remark
+    def __init__(self, title: str, *, dry_run: bool, as_json: bool, remark: str) -> None:
+        self.title, self.remark = title, remark
+        self.dry_run, self.as_json = dry_run, as_json
         self._progress: Progress | None = None
 
     def on_start(self, cost: Cost, tally: Tally) -> None:
@@ -91,17 +94,21 @@ class TrainingDisplay:
 
         click.echo(f"Cost: {cost} ({self.remark})", err=True)
         if self.dry_run:
+            if self.as_json:
+                click.echo(json.dumps(dataclasses.asdict(cost)))
             raise click.exceptions.Exit(0)
         self._progress = Progress(self.title, total=tally.total_tokens, unit="tokens")
         self._progress.__enter__()
 
     def on_event(self, _event: Event, tally: Tally) -> None:
         """Show how far it is."""
+        from regmix.display import count
+
         assert self._progress is not None
         self._progress.update(
             tally.tokens,
             models=f"{tally.models_done}/{tally.num_models}",
-            speed=f"{tally.tokens_per_second / 1000:,.0f}k tokens/s",
+            speed=f"{count(tally.tokens_per_second)} tokens/s",
             loss=f"{tally.loss_nats:.3f} nats",
         )
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from regmix.study import Training
 
 _COUNT = re.compile(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([kKmMbBgGtT]?)\s*")
+_LARGEST_COUNT = 1e18
 _FACTORS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 
 
@@ -24,7 +25,12 @@ def parse_count(text: str) -> int:
     match = _COUNT.fullmatch(text)
     if match is None:
         raise ConfigError(f"'{text}' is not a number", cure="Write for example 500000, 2M or 0.25B")
-    value = round(float(match[1]) * _FACTORS[match[2].lower()])
+    number = float(match[1]) * _FACTORS[match[2].lower()]
+    if number > _LARGEST_COUNT:
+        raise ConfigError(
+            f"'{text[:40]}' is above {_LARGEST_COUNT:g}", cure="Give a smaller number"
+        )
+    value = round(number)
     if value < 1:
         raise ConfigError(f"'{text}' is below 1", cure="Give a larger number")
     return value
@@ -86,6 +92,8 @@ def parse_pairs(words: tuple[str, ...]) -> dict[str, float] | None:
             value = float("nan")
         if not equals or not name.strip() or value != value:
             raise ConfigError(f"'{word}' is not NAME=NUMBER", cure="Write for example web=0.2")
+        if name.strip() in pairs:
+            raise ConfigError(f"'{name.strip()}' is given twice", cure="Give each name once")
         pairs[name.strip()] = value
     return pairs or None
 
@@ -97,4 +105,6 @@ def parse_objective(text: str, targets: tuple[str, ...]) -> dict[str, float]:
     if "=" in text:
         return parse_pairs((text,)) or {}
     names = [name.strip() for name in text.split(",") if name.strip()]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"target '{twice[0]}' is given twice", cure="Name each target once")
     return {name: 1 / len(names) for name in names}

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from regmix.data.corpus import Source, Tally, read_documents, side_of
+from regmix.data.corpus import NUM_EXAMPLES, Source, Tally, read_documents, side_of
 from regmix.data.tokenizer import Tokenizer
+from regmix.errors import CorpusError
 
 BATCH_BYTES = 1 << 18  # text per call of the tokenizer: its result takes about 100 bytes a token
 WINDOW = 4  # batches in memory per thread
@@ -52,6 +53,29 @@ def read_batches(
     for side in texts:
         if texts[side]:
             yield Batch(side, texts[side], sizes[side])
+
+
+def leave_out_tokenless(
+    batch: Batch, ids: np.ndarray, lengths: np.ndarray, tally: Tally, *, domain: str, strict: bool
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return (ids, lengths, UTF-8 bytes) without the documents that gave only a separator.
+
+    They are counted in `tally` as malformed; with `strict` the first raises `CorpusError`.
+    """
+    kept = lengths > 1
+    if kept.all():
+        return ids, lengths, batch.utf8_bytes
+    utf8_bytes = batch.utf8_bytes
+    for place in np.flatnonzero(~kept):
+        text = batch.texts[place]
+        what = f"domain '{domain}': no token in the document {text[:40]!r}"
+        if strict:
+            raise CorpusError(what, cure="Use another tokenizer, or pack without --strict")
+        utf8_bytes -= len(text.encode())
+        tally.malformed += 1
+        if len(tally.examples) < NUM_EXAMPLES:
+            tally.examples.append(what)
+    return ids[np.repeat(kept, lengths)], lengths[kept], utf8_bytes
 
 
 def encode_batches(

@@ -16,6 +16,7 @@ from __future__ import annotations
 import fnmatch
 import gzip
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -33,6 +34,8 @@ COMPRESSIONS = (".gz", ".zst")
 SIDES = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid"}
 DOMAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 CHUNK_BYTES = 1 << 16
+# Fed to zstd at once: a block of 4 bytes can hold 128 KiB, so at most 32 MiB come out.
+ZSTD_STEP_BYTES = 1 << 10
 NUM_EXAMPLES = 20
 DEFAULT_VALID_FRACTION = 0.03
 
@@ -63,7 +66,7 @@ class Tally:
     """What reading has met so far; `examples` are the first lines that could not be read."""
 
     num_bytes: int = 0  # of files as they lie on disk
-    malformed: int = 0
+    malformed: int = 0  # could not be read, or encoded to no token
     empty: int = 0
     examples: list[str] = field(default_factory=list)
 
@@ -123,18 +126,33 @@ def find_sources(
 
 
 def _walk(given: Path) -> Iterator[tuple[Path, Path]]:
-    """Yield (file, folder its name is relative to)."""
+    """Yield (file, folder its name is relative to); links are followed, each folder read once."""
     with storage_errors(given):
         if given.is_file():
             yield given, given.parent
             return
         if not given.is_dir():
             raise CorpusError(f"{given}: no such file or folder", cure="Check the path")
-        for path in sorted(given.rglob("*")):
-            if path.is_file() and not any(
-                part.startswith(".") for part in path.relative_to(given).parts
-            ):
-                yield path, given
+    # Linked folders come after all others, so a folder reached twice has its own name.
+    tops, seen = [given], set[Path]()
+    for top in tops:
+        for here, below, names in os.walk(top, onerror=_refuse):
+            folder = Path(here)
+            real = folder.resolve()
+            if real in seen:
+                below.clear()
+                continue
+            seen.add(real)
+            below[:] = sorted(name for name in below if not name.startswith("."))
+            tops += [folder / name for name in below if (folder / name).is_symlink()]
+            for path in (folder / name for name in sorted(names) if not name.startswith(".")):
+                if path.is_file() or path.is_symlink():
+                    yield path, given
+
+
+def _refuse(error: OSError) -> None:
+    with storage_errors(error.filename):
+        raise error
 
 
 def _source(
@@ -219,9 +237,11 @@ def side_of(utf8: bytes, valid_fraction: float) -> str:
 def read_documents(
     source: Source, tally: Tally, *, text_field: str = "text", strict: bool = False
 ) -> Iterator[tuple[str, bytes]]:
-    """Yield (text, its UTF-8 bytes) of each document, in file order, in bounded memory.
+    """Yield (text, its UTF-8 bytes) of each document, in file order.
 
-    With `strict` the first record that cannot be read raises `CorpusError`.
+    Files are read and decompressed in bounded steps, but a line, a .txt file and 256 rows of
+    Parquet (with the pages they lie in) are held whole, however long. With `strict` the first
+    record that cannot be read raises `CorpusError`.
     """
     if source.format == "parquet":
         records = _parquet_records(source, tally, text_field)
@@ -349,7 +369,10 @@ def _chunks(source: Source, tally: Tally) -> Iterator[bytes]:
         zstd = _Zstandard(source) if source.compression == ".zst" else None
         while raw := stream.read(CHUNK_BYTES):
             tally.num_bytes += len(raw)
-            yield zstd.decompress(raw) if zstd else raw
+            if zstd:
+                yield from zstd.decompress(raw)
+            else:
+                yield raw
         if zstd:
             zstd.finish()
 
@@ -365,18 +388,18 @@ class _Zstandard:
         self._new = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
         self._frame: Any = None
 
-    def decompress(self, raw: bytes) -> bytes:
-        parts = []
-        while raw:
-            self._frame = self._frame or self._new()
-            try:
-                parts.append(self._frame.decompress(raw))
-            except self._error as error:
-                raise _damaged(self._source, error) from error
-            if not self._frame.eof:
-                break
-            raw, self._frame = self._frame.unused_data, None
-        return b"".join(parts)
+    def decompress(self, raw: bytes) -> Iterator[bytes]:
+        for start in range(0, len(raw), ZSTD_STEP_BYTES):
+            step = raw[start : start + ZSTD_STEP_BYTES]
+            while step:
+                self._frame = self._frame or self._new()
+                try:
+                    yield self._frame.decompress(step)
+                except self._error as error:
+                    raise _damaged(self._source, error) from error
+                if not self._frame.eof:
+                    break
+                step, self._frame = self._frame.unused_data, None
 
     def finish(self) -> None:
         if self._frame is not None:

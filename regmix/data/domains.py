@@ -17,7 +17,7 @@ from pathlib import Path
 import xxhash
 
 from regmix.config import build
-from regmix.data.batches import encode_batches, read_batches
+from regmix.data.batches import encode_batches, leave_out_tokenless, read_batches
 from regmix.data.corpus import NUM_EXAMPLES, Source, Tally
 from regmix.data.manifest import Manifest, ShardStats, SourceFile
 from regmix.data.tokenizer import Tokenizer
@@ -117,11 +117,17 @@ def _pack_domain(
             strict=job.strict,
         )
         for batch, ids, lengths in encode_batches(batches, job.tokenizer, pool, job.workers):
+            tally = tallies.get(batch.side) or tallies["train"]
+            ids, lengths, utf8_bytes = leave_out_tokenless(
+                batch, ids, lengths, tally, domain=domain, strict=job.strict
+            )
+            if len(lengths) == 0:
+                continue
             if batch.side not in writers:
                 writers[batch.side] = stack.enter_context(
                     DomainWriter(job.folder, job.manifest, batch.side, domain)
                 )
-            writers[batch.side].write(ids, lengths, batch.utf8_bytes)
+            writers[batch.side].write(ids, lengths, utf8_bytes)
             read = sum(tally.num_bytes for tally in tallies.values())
             written = sum(writer.tokens for writer in writers.values())
             job.on_progress(job.read_bytes + read, domain, job.tokens + written)

@@ -15,6 +15,9 @@ import numpy as np
 from regmix.errors import ConfigError, ConstraintError, MixtureError, nearest
 
 Array = np.ndarray
+# Shares raised to a higher power than this vanish in floating point.
+_HIGHEST_TEMPERATURE = 10.0
+_MOST_DRAWS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +39,16 @@ class RegmixOptions:
 
     def __post_init__(self) -> None:
         _check_strengths(self.temperature, self.min_strength, self.max_strength, self.min_weight)
-        if self.num_strengths < 1 or self.oversampling < 1 or self.max_usage <= 0:
+        if self.num_strengths < 1 or self.oversampling < 1 or not self.max_usage > 0:
             raise ConfigError(
                 "regmix sampler: num_strengths, oversampling and max_usage must be positive",
                 cure="Correct the options",
+            )
+        if max(self.num_strengths, self.oversampling) > _MOST_DRAWS:
+            raise ConfigError(
+                f"regmix sampler: num_strengths {self.num_strengths}, oversampling "
+                f"{self.oversampling}",
+                cure=f"Use at most {_MOST_DRAWS}",
             )
 
 
@@ -74,11 +83,16 @@ class BoundedOptions:
 
 
 def _check_strengths(temperature: float, low: float, high: float, min_weight: float) -> None:
-    if not (temperature >= 0 and 0 < low <= high < np.inf and 0 <= min_weight < 1):
+    if not (
+        0 <= temperature <= _HIGHEST_TEMPERATURE
+        and 0 < low <= high < np.inf
+        and 0 <= min_weight < 1
+    ):
         raise ConfigError(
             f"sampler options out of range: temperature {temperature:g}, strengths "
             f"[{low:g}, {high:g}], min_weight {min_weight:g}",
-            cure="Use temperature >= 0, 0 < min_strength <= max_strength, 0 <= min_weight < 1",
+            cure=f"Use 0 <= temperature <= {_HIGHEST_TEMPERATURE:g}, "
+            "0 < min_strength <= max_strength, 0 <= min_weight < 1",
         )
 
 

@@ -42,7 +42,7 @@ class ShardStats:
     documents: int
     tokens: int  # separators included: one after every document
     utf8_bytes: int  # of the text, separators excluded
-    malformed: int = 0  # records left out because they could not be read
+    malformed: int = 0  # records left out: not readable, or no token in them
     empty: int = 0  # documents left out because they hold no text
     files: tuple[ShardFile, ...] = ()
 

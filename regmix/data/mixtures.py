@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,9 @@ from regmix.files import atomic_open, read_text, write_text
 SUM_TOLERANCE = 0.01
 PREFIX = "train_"
 _LARGEST_YAML_CHARACTERS = 1_000_000
+# Token counts pass as weights to be scaled; beyond this nothing is a weight, and sums overflow.
+_LARGEST_WEIGHT = 1e18
+_MOST_MIXTURES = 100_000
 # Two mixtures nearer than this in every weight are one mixture.
 _DISTINCT = 1e-6
 
@@ -54,13 +58,24 @@ def normalised(weights: Sequence[float] | np.ndarray) -> np.ndarray:
 def _check_weight(weight: Any, where: str) -> float:
     try:
         value = float(weight)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = math.nan
-    if isinstance(weight, bool) or not math.isfinite(value) or value < 0:
+    if isinstance(weight, bool) or not 0 <= value <= _LARGEST_WEIGHT:
         raise MixtureError(
-            f"{where}: weight {weight!r} is not a finite number >= 0", cure="Correct the weight"
+            f"{where}: weight {_shown(weight)} is not a finite number >= 0, or above "
+            f"{_LARGEST_WEIGHT:g}",
+            cure="Correct the weight",
         )
     return value
+
+
+def _shown(weight: Any) -> str:
+    """Return a weight in few characters: a few bytes of YAML can stand for gigabytes of list."""
+    if isinstance(weight, (str, float, bool, type(None))):
+        return reprlib.repr(weight)
+    if isinstance(weight, int) and abs(weight) < 10**18:
+        return str(weight)
+    return f"of type {type(weight).__name__}"
 
 
 def _check_sum(total: float, where: str) -> None:
@@ -295,14 +310,20 @@ def read_mixture_yaml(path: Path | str, *, normalise: bool = False) -> Mixture:
         )
     try:
         content = yaml.load(text, Loader=_strict_loader())
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        line = " ".join(str(error).split())
+    except (
+        # A malformed scalar under an explicit tag (!!bool zz) fails inside PyYAML in these ways.
+        *(yaml.YAMLError, RecursionError, ValueError, TypeError),
+        *(AttributeError, LookupError, ArithmeticError),
+    ) as error:
+        line = " ".join(str(error).split())[:300]
         raise MixtureError(f"{path}: not valid YAML ({line})", cure="Correct the file") from error
     train = content.get("train") if isinstance(content, dict) else None
     if not isinstance(train, dict) or not train:
         raise MixtureError(f"{path}: no section 'train'", cure="Write 'train: {train_<domain>: w}'")
     weights: dict[str, float] = {}
     for key, weight in train.items():
+        if isinstance(key, int) and abs(key) > _LARGEST_WEIGHT:
+            raise MixtureError(f"{path}: a domain is a number of many digits", cure="Name it")
         name = str(key).removeprefix(PREFIX)
         if name in weights:
             raise MixtureError(f"{path}: domain '{name}' appears twice", cure="Remove one of them")
@@ -312,18 +333,31 @@ def read_mixture_yaml(path: Path | str, *, normalise: bool = False) -> Mixture:
 
 
 def _strict_loader() -> Any:
-    """Return PyYAML's safe loader, made to refuse a key that appears twice."""
+    """Return PyYAML's safe loader, made to refuse a key that appears twice, and merge keys.
+
+    Merges (`<<`) of merges grow exponentially, and a mixture needs none.
+    """
     import yaml
 
     class StrictLoader(yaml.SafeLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            keys = [key.value for key, _ in node.value]
-            twice = [key for key in keys if isinstance(key, str) and keys.count(key) > 1]
-            if twice:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"'{twice[0]}' appears twice", node.start_mark
-                )
+            seen: set[str] = set()
+            # Anything but a mapping under the tag of one is refused by PyYAML itself.
+            pairs = node.value if isinstance(node, yaml.MappingNode) else []
+            for key in (key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode)):
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"'{key}' appears twice", node.start_mark
+                    )
+                seen.add(key)
             return super().construct_mapping(node, deep=deep)
+
+        def flatten_mapping(self, node: Any) -> None:
+            if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "merge keys (<<) are not read", node.start_mark
+                )
+            super().flatten_mapping(node)
 
     return StrictLoader
 
@@ -373,6 +407,11 @@ def draw_swarm(
             raise MixtureError(f"prior: domain '{name}' has share 0", cure="Leave the domain out")
     if num < 1:
         raise ConfigError(f"{num} mixtures asked for", cure="Ask for at least 1")
+    if num > _MOST_MIXTURES:
+        raise ConfigError(
+            f"{num:,} mixtures asked for",
+            cure=f"Ask for at most {_MOST_MIXTURES:,}; 64 make a good swarm",
+        )
     names = centre.domains
     shares = centre.array(names)
     low = bounds_array(lower, names, 0.0)
@@ -411,13 +450,13 @@ def draw_swarm(
 
 def _distinct(drawn: np.ndarray, known: np.ndarray) -> np.ndarray:
     """Return the rows of `drawn`, in order, that differ from `known` and from earlier rows."""
-    kept = list(known)
-    fresh = []
+    kept = np.concatenate([known, np.empty_like(drawn)])
+    count = len(known)
     for row in drawn:
-        if not kept or np.abs(np.array(kept) - row).max(1).min() > _DISTINCT:
-            kept.append(row)
-            fresh.append(row)
-    return np.array(fresh).reshape(-1, drawn.shape[1])
+        if not count or np.abs(kept[:count] - row).max(1).min() > _DISTINCT:
+            kept[count] = row
+            count += 1
+    return kept[len(known) : count]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,8 @@
 2. Load the tokenizer, or train a byte-level BPE on a bounded sample, even over the domains.
 3. Domain by domain: read, encode in batches on all cores, write every document and a separator.
    A finished domain is noted, so a stopped run goes on with the next one.
-4. Write the manifest last: without it the folder is not a corpus.
+4. Write the manifest last: without it the folder is not a corpus. With `force` all this happens in
+   a folder inside, whose content then takes the place of the corpus that was there.
 
 Enters: files of documents. Leaves: a folder that `ShardSet` opens, the same bytes whatever the
 number of workers, and a report that counts all that was left out. Loses no token of a document.
@@ -44,11 +45,12 @@ from regmix.data.tokenizer import SEPARATOR, Tokenizer, load_tokenizer, own_para
 from regmix.data.tokenizer import train_bpe as train_bpe_on
 from regmix.display import size
 from regmix.errors import ConfigError, CorpusError, ShardError, StorageError
-from regmix.files import free_bytes, storage_errors, write_text
+from regmix.files import free_bytes, storage_errors, sync_directory, write_text
 
 SAMPLE_BYTES = 20_000_000  # text a BPE is trained on
 DEFAULT_BPE = 8192
 TOKENIZER = "tokenizer.json"
+REPLACEMENT = ".replacement"  # folder in which --force packs
 # Text per byte on disk, and text per token, for the estimate before anything is known.
 EXPANSION = {"": 1.0, ".gz": 3.3, ".zst": 4.2}
 PARQUET_EXPANSION = 3.0
@@ -112,8 +114,9 @@ def pack(
 
     The tokenizer is a `tokenizer.json`, or a BPE of `train_bpe` tokens trained here (8192 where
     neither is given). A folder that holds the same corpus packed with the same settings is left
-    as it is; another corpus is replaced only with `force`. Raises `CorpusError` for a domain
-    without documents, `TokenizerError`, `ShardError` and `StorageError` as their names say.
+    as it is; another corpus is replaced only with `force`, when the new one is complete beside it.
+    Raises `CorpusError` for a domain without documents, `TokenizerError`, `ShardError` and
+    `StorageError` as their names say.
     """
     started = time.monotonic()
     folder = Path(out)
@@ -135,14 +138,16 @@ def pack(
     }
     if (folder / MANIFEST).exists() and not force:
         return _complete(folder, settings, files, plan, started)
-    _prepare(folder, plan, force)
+    # The corpus that is there stays usable until the one that replaces it is complete.
+    workplace = folder / REPLACEMENT if (folder / MANIFEST).exists() else folder
+    _prepare(workplace, plan)
     report = on_progress or (lambda done, domain, tokens: None)
     if loaded is None:
         sample = _sample(files, fraction, text_field, strict, report)
         loaded = train_bpe_on(sample, vocab_size, separator=separator)
-    write_text(folder / TOKENIZER, loaded.text)
+    write_text(workplace / TOKENIZER, loaded.text)
     job = PackJob(
-        folder=folder,
+        folder=workplace,
         manifest=_empty_manifest(loaded, settings),
         tokenizer=loaded,
         fraction=fraction,
@@ -154,6 +159,8 @@ def pack(
     with own_parallelism():
         examples = pack_domains(job, files)
     shards = _finish(job)
+    if workplace != folder:
+        shards = _replace(folder, workplace)
     return _report(shards, plan, started, examples=examples, resumed=tuple(job.resumed))
 
 
@@ -216,13 +223,11 @@ def _complete(
         if before.get(name) != value
     ]
     if not differences:
-        now = {source.name: describe(source) for source in files}
-        then = {source.path: source for source in shards.manifest.sources}
-        differences = [
-            f"the source file {name} differs"
-            for name in sorted(now.keys() | then.keys())
-            if now.get(name) != then.get(name)
-        ]
+        # Files of two input folders may share a name, so they are compared as multisets.
+        now = Counter(describe(source) for source in files)
+        then = Counter(shards.manifest.sources)
+        changed = sorted({source.path for source in (now - then) + (then - now)})
+        differences = [f"the source file {name} differs" for name in changed]
     if differences:
         raise ShardError(
             f"{folder}: holds a corpus packed otherwise ({differences[0]})",
@@ -231,8 +236,8 @@ def _complete(
     return _report(shards, plan, started, already_complete=True)
 
 
-def _prepare(folder: Path, plan: PackPlan, force: bool) -> None:
-    """Make the folder, without the remains of another corpus or of a killed run."""
+def _prepare(folder: Path, plan: PackPlan) -> None:
+    """Make the folder, without the half files of a killed run."""
     if plan.disk_bytes > plan.free_bytes:
         raise StorageError(
             f"{folder}: the shards take about {size(plan.disk_bytes)} and "
@@ -241,9 +246,6 @@ def _prepare(folder: Path, plan: PackPlan, force: bool) -> None:
         )
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        if force:
-            (folder / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(folder / NOTES_FOLDER, ignore_errors=True)
         for side in ("train", "valid"):
             for temporary in (folder / side).glob(".*.tokens.*.tmp"):
                 temporary.unlink(missing_ok=True)
@@ -292,8 +294,26 @@ def _finish(job: PackJob) -> ShardSet:
             for path in (job.folder / side).glob("*.tokens"):
                 if path not in kept:
                     path.unlink()
-        shutil.rmtree(job.folder / NOTES_FOLDER, ignore_errors=True)
+        for leftover in (NOTES_FOLDER, REPLACEMENT):
+            shutil.rmtree(job.folder / leftover, ignore_errors=True)
     return shards
+
+
+def _replace(folder: Path, new: Path) -> ShardSet:
+    """Put the complete corpus `new` in the place of the one in `folder`, the manifest last."""
+    with storage_errors(folder):
+        (folder / MANIFEST).unlink()
+        for side in ("train", "valid"):
+            for path in (folder / side).glob("*.tokens"):
+                path.unlink()
+            for path in (new / side).glob("*.tokens"):
+                (folder / side).mkdir(exist_ok=True)
+                os.replace(path, folder / side / path.name)
+        for name in (TOKENIZER, MANIFEST):
+            os.replace(new / name, folder / name)
+        sync_directory(folder)
+        shutil.rmtree(new)
+    return ShardSet.open(folder)
 
 
 def _report(

@@ -1,14 +1,15 @@
 """Tokenizers: load any Hugging Face `tokenizer.json`, train a byte-level BPE, encode batches.
 
 Enters: a file, or documents to train on. Leaves: a `Tokenizer` with its separator (the token that
-ends every document), and token ids identical to those of the `tokenizers` library. Reads no corpus
-and writes no shards.
+ends every document), and token ids identical to those of the `tokenizers` library with
+`encode_special_tokens`. Reads no corpus and writes no shards.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from regmix.files import read_text
 
 SEPARATOR = "<|endoftext|>"
 SMALLEST_BPE = 257  # the 256 bytes and the separator
+LARGEST_BPE = 1 << 20  # the library reserves memory for all of it before it trains
 
 
 class Tokenizer:
@@ -47,6 +49,7 @@ class Tokenizer:
         # A file may ask to cut or to pad; a corpus keeps every token and adds none.
         self._backend.no_truncation()
         self._backend.no_padding()
+        self._where = where
         self.text = text
         self.hash = xxhash.xxh3_64_hexdigest(text.encode())
         self.vocab_size = max(vocabulary.values()) + 1
@@ -59,11 +62,22 @@ class Tokenizer:
                 cure="Name one of its tokens with --separator",
             )
         self.separator_id = vocabulary[self.separator]
+        # A separator that a document spells out is text, not the end of a document.
+        self._backend.add_special_tokens([self.separator])
+        self._backend.encode_special_tokens = True
+        if not _knows_any_text(json.loads(text), vocabulary):
+            raise TokenizerError(
+                f"{where}: loses the text it has no token for (not all bytes, "
+                "no byte fallback, no unknown token)",
+                cure="Name a tokenizer with one of these, or train one: --train-bpe 8192",
+            )
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids of all documents, each ended by the separator, and their lengths.
 
-        The dtype is the narrowest that holds the vocabulary. Releases the GIL while it encodes.
+        The dtype is the narrowest that holds the vocabulary. Special tokens spelled out in a text
+        are encoded as text. Releases the GIL while it encodes. `TokenizerError` where the library
+        cannot encode a document, or finds the separator in its text all the same.
         """
         rows = self._ids(texts)
         lengths = np.fromiter((len(row) + 1 for row in rows), np.int64, len(rows))
@@ -73,12 +87,52 @@ class Tokenizer:
         return np.fromiter(flat, dtype, int(lengths.sum())), lengths
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        try:
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exception
+            raise TokenizerError(
+                f"{self._where}: cannot encode a document ({str(error)[:200]})",
+                cure="Name a tokenizer that can encode any text, or train one: --train-bpe 8192",
+            ) from error
+        rows = [encoding.ids for encoding in encodings]
+        if any(self.separator_id in row for row in rows):
+            raise TokenizerError(
+                f"{self._where}: the text of a document holds the separator '{self.separator}' "
+                "as a word",
+                cure="Name a token that no text holds with --separator",
+            )
+        return rows
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, special tokens included."""
         return str(self._backend.decode(list(ids), skip_special_tokens=False))
+
+
+def _knows_any_text(table: dict[str, Any], vocabulary: dict[str, int]) -> bool:
+    """Return whether text outside the vocabulary still leaves a token."""
+    model = table["model"]
+    if model.get("unk_token") in vocabulary or model.get("unk_id") is not None:
+        return True
+    if model.get("byte_fallback") and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256)):
+        return True
+    steps = [table.get("normalizer"), table.get("pre_tokenizer")]
+    for step in steps:
+        if step:
+            steps += step.get("normalizers", []) + step.get("pretokenizers", [])
+    return any(step["type"] == "ByteLevel" for step in steps if step) and all(
+        character in vocabulary for character in _byte_characters()
+    )
+
+
+def _byte_characters() -> set[str]:
+    """Return what byte-level tokenizers write for the 243 bytes that occur in UTF-8."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    every_start = [*range(0x800), 0x800, *range(0x1000, 0x10000, 0x1000)]
+    every_start += [0x10000, *range(0x40000, 0x110000, 0x40000)]
+    text = "".join(map(chr, every_start))
+    ((characters, _),) = ByteLevel(False, use_regex=False).pre_tokenize_str(text)
+    return set(characters)
 
 
 def load_tokenizer(path: Path | str, *, separator: str | None = None) -> Tokenizer:
@@ -108,6 +162,11 @@ def train_bpe(
         raise TokenizerError(
             f"a vocabulary of {vocab_size} is too small for the 256 bytes and the separator",
             cure=f"Ask for at least {SMALLEST_BPE}, for example --train-bpe 8192",
+        )
+    if vocab_size > LARGEST_BPE:
+        raise TokenizerError(
+            f"a vocabulary of {vocab_size} is too large to train",
+            cure=f"Ask for at most {LARGEST_BPE}, for example --train-bpe 8192",
         )
     backend: Any = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

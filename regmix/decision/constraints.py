@@ -56,9 +56,11 @@ def make_constraints(
 ) -> Constraints:
     """Return the constraints; `max_epochs` counts only with both token counts.
 
-    A single number as bound holds for every domain. Raises `ConstraintError` where no mixture can
-    respect them all.
+    Infinitely many epochs are no limit, as None. A single number as bound holds for every domain.
+    Raises `ConstraintError` where no mixture can respect them all.
     """
+    if max_epochs == math.inf:
+        max_epochs = None
     names = tuple(domains)
     low = _per_domain(lower, names, 0.0, "lower bound")
     high = np.minimum(_per_domain(upper, names, 1.0, "upper bound"), 1.0)

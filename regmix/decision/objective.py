@@ -15,6 +15,9 @@ import numpy as np
 from regmix.decision.runs import resolve
 from regmix.errors import ConfigError
 
+# Far beyond any sensible weight, and far below where sums overflow.
+_LARGEST_WEIGHT = 1e6
+
 ObjectiveLike = str | int | Sequence[str] | Mapping[str, float] | Mapping[int, float]
 
 
@@ -59,10 +62,10 @@ def make_objective(wanted: ObjectiveLike, targets: Sequence[str]) -> Objective:
     weights: dict[int, float] = {}
     for name, weight in pairs:
         column = _position(name, targets)
-        if not math.isfinite(weight) or weight < 0 or column in weights:
+        if not 0 <= weight <= _LARGEST_WEIGHT or column in weights:
             raise ConfigError(
                 f"objective: weight {weight:g} of target '{name}'",
-                cure="Name each target once, with a finite weight >= 0",
+                cure=f"Name each target once, with a weight from 0 to {_LARGEST_WEIGHT:g}",
             )
         weights[column] = weight
     used = {column: weight for column, weight in sorted(weights.items()) if weight > 0}
@@ -93,6 +96,10 @@ def parse_objective(text: str) -> ObjectiveLike:
     weights: dict[str, float] = {}
     for part in parts:
         name, _, number = part.partition("=")
+        if name.strip() in weights:
+            raise ConfigError(
+                f"objective: target '{name.strip()}' is given twice", cure="Name each target once"
+            )
         try:
             weights[name.strip()] = float(number)
         except ValueError:

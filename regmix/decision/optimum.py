@@ -217,7 +217,7 @@ def _describe(
         epochs=limits.epochs(weights),
         constraints=limits,
         seed=seed,
-        verdict=_verdict(gain, error, chosen.name),
+        verdict=_verdict(next(entry for entry in compared if entry.name == chosen.name), error),
     )
 
 
@@ -227,13 +227,20 @@ def _gain_error(model: Surrogate, objective: Objective) -> float:
     return float(np.sqrt(2 * np.mean(wrong**2)))
 
 
-def _verdict(gain: float, error: float, baseline: str) -> str:
-    if gain > _BELIEVED * error:
+def _verdict(over: Compared, error: float) -> str:
+    gain, limit, name = over.gain, _BELIEVED * error, over.name
+    allowance = f"the {limit:.3f} nats that the error of the prediction explains"
+    if gain > limit:
+        return f"use the optimum: {gain:.3f} nats below '{name}', more than {allowance}"
+    if not over.feasible:
+        cost = f"costs {-gain:.3f} nats" if gain < 0 else f"costs nothing (gain {gain:.3f} nats)"
         return (
-            f"use the optimum: {gain:.3f} nats below '{baseline}', beyond the error of the "
-            f"prediction ({error:.3f} nats)"
+            f"use the optimum: '{name}' breaks the constraints, and keeping them {cost} by the "
+            f"prediction (standard error {error:.3f} nats)"
         )
-    return (
-        f"keep '{baseline}': a predicted gain of {gain:.3f} nats is within the error of the "
-        f"prediction ({error:.3f} nats)"
-    )
+    if gain < 0:
+        return (
+            f"keep '{name}': it respects the constraints, and the optimum is predicted "
+            f"{-gain:.3f} nats worse"
+        )
+    return f"keep '{name}': a predicted gain of {gain:.3f} nats is no more than {allowance}"

@@ -21,6 +21,8 @@ from regmix.errors import LossTableError, MixtureError, nearest
 TARGET_PREFIX = "metric/"
 TARGET_SUFFIX = "_val_loss"
 FEWEST_RUNS = 3
+# A run above this diverged: a uniform guess over any vocabulary costs under 20 nats.
+HIGHEST_LOSS_NATS = 1e6
 
 
 class NamedArray(np.ndarray):
@@ -118,8 +120,9 @@ def read_runs(
 ) -> Runs:
     """Read `index,train_<domain>,...` and `index,metric/<target>_val_loss,...`, joined on index.
 
-    Runs whose losses are not finite are left out and named in `.dropped`; so are mixtures without
-    losses when `partial`, otherwise they are an error. Raises `MixtureError` and `LossTableError`.
+    Runs whose losses are not finite, or above a million nats, are left out and named in `.dropped`;
+    so are mixtures without losses when `partial`, otherwise they are an error. Raises
+    `MixtureError` and `LossTableError`.
     """
     table = MixtureTable.read_csv(mixtures)
     names, by_index = _read_losses(losses)
@@ -141,10 +144,13 @@ def read_runs(
     for row, index in enumerate(table.indices):
         if index not in by_index:
             continue
-        bad = [n for n, x in zip(names, by_index[index], strict=True) if not math.isfinite(x)]
+        pairs = zip(names, by_index[index], strict=True)
+        bad = [(name, loss) for name, loss in pairs if not loss <= HIGHEST_LOSS_NATS]
         if bad:
             more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-            dropped.append(DroppedRun(index, f"loss of '{bad[0]}'{more} is not finite"))
+            finite = math.isfinite(bad[0][1])
+            fault = f"above {HIGHEST_LOSS_NATS:,.0f} nats" if finite else "not finite"
+            dropped.append(DroppedRun(index, f"loss of '{bad[0][0]}'{more} is {fault}"))
         else:
             rows.append(row)
     if len(rows) < FEWEST_RUNS:

@@ -146,6 +146,8 @@ def _exchange(
 ) -> np.ndarray:
     """Move weight from one domain to another, the best pair at a time, in ever smaller amounts."""
     num_domains = len(start)
+    if num_domains == 1:
+        return start
     givers, takers = np.nonzero(~np.eye(num_domains, dtype=bool))
     pairs = np.arange(len(givers))
     current, best = start.copy(), float(value)

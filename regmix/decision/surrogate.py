@@ -14,7 +14,7 @@ import numpy as np
 
 from regmix.data.mixtures import PREFIX, MixtureTable
 from regmix.decision.regressors import Model, check_enough_runs, make_regressor
-from regmix.decision.runs import TARGET_PREFIX, TARGET_SUFFIX
+from regmix.decision.runs import HIGHEST_LOSS_NATS, TARGET_PREFIX, TARGET_SUFFIX
 from regmix.decision.validation import Score, fold_of_runs, held_out_predictions, score
 from regmix.errors import LossTableError
 
@@ -188,7 +188,7 @@ def _check_losses(losses: np.ndarray, num_runs: int, targets: Sequence[str]) -> 
             f"losses of shape {losses.shape} for {num_runs} runs and {len(targets)} targets",
             cure="Give one row per run and one column per target",
         )
-    bad = np.argwhere(~(np.isfinite(losses) & (losses > 0)))
+    bad = np.argwhere(~((losses > 0) & (losses <= HIGHEST_LOSS_NATS)))
     if len(bad):
         row, column = (int(place) for place in bad[0])
         raise LossTableError(

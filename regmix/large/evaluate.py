@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from regmix.config import build
 from regmix.data.validation import read_windows
 from regmix.errors import ModelError
-from regmix.files import read_json
+from regmix.files import read_table
 from regmix.model.presets import ModelShape
 
 if TYPE_CHECKING:
@@ -25,18 +25,27 @@ if TYPE_CHECKING:
 
 def load_model(folder: Path) -> tuple[ModelShape, dict[str, Tensor], dict[str, Any]]:
     """Return (shape, parameters [1, ...], config) of a model; `ModelError` where damaged."""
+    from regmix.model.llama import parameter_shapes
     from regmix.swarm.checkpoint import read_tensors
 
     if not (folder / "summary.json").is_file():
         raise ModelError(
             f"{folder} holds no finished model", cure="Train it with: regmix-fast train"
         )
-    config = read_json(folder / "config.json")
+    config = read_table(folder / "config.json", "shape", "tokenizer")
+    if not isinstance(config["tokenizer"], dict) or "hash" not in config["tokenizer"]:
+        raise ModelError(f"{folder}: its config.json names no tokenizer", cure="Restore the file")
     shape = build(ModelShape, config["shape"], where=str(folder / "config.json"))
     try:
         parameters, _ = read_tensors(folder / "model.safetensors")
     except ValueError as error:
         raise ModelError(str(error), cure="Train the model again, or restore the file") from error
+    found = {name: tuple(value.shape[1:]) for name, value in parameters.items()}
+    if found != {name: tuple(size) for name, size in parameter_shapes(shape).items()}:
+        raise ModelError(
+            f"{folder}: its weights do not have the shape that its config.json says",
+            cure="Restore the two files, or train the model again",
+        )
     return shape, parameters, config
 
 

@@ -9,7 +9,6 @@ same engine and executor as the proxies; a model alone is a stack of one.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,15 +22,22 @@ from regmix.config import as_table
 from regmix.data.mixtures import Mixture, read_mixture_yaml
 from regmix.data.sampler import ORDER_VERSION, MixtureSampler
 from regmix.data.shards import ShardSet
+from regmix.display import count
 from regmix.errors import MixtureError, ModelError, StudyError, nearest
-from regmix.files import read_json, write_json, write_text
+from regmix.files import atomic_open, read_table, storage_errors, write_json, write_text
 from regmix.large.evaluate import evaluation_table
 from regmix.provenance import environment_record
 from regmix.study import Study, Training
-from regmix.swarm.cost import Cost, estimate, refuse_if_too_large
+from regmix.swarm.cost import Cost, estimate
 from regmix.swarm.engine import CHECKPOINT_SECONDS, Member, StackJob
 from regmix.swarm.executors import Done, Event, Failed, LocalExecutor, stack_jobs
-from regmix.swarm.sweep import LARGEST_STACK, Tally, stack_job, study_member
+from regmix.swarm.sweep import (
+    LARGEST_STACK,
+    Tally,
+    remove_leftovers,
+    stack_job,
+    study_member,
+)
 
 NAMED_MIXTURES = ("optimum", "natural", "uniform")
 
@@ -76,12 +82,41 @@ def resolve_mixture(study: Study, name: str) -> tuple[str, Mixture]:
         return name, read_mixture_yaml(study.optimum_path)
     path = Path(name)
     if path.is_file():
-        return path.stem, read_mixture_yaml(path)
+        return _mixture_of_file(study, path)
     raise MixtureError(
         f"no mixture '{name}': neither a file nor one of {', '.join(NAMED_MIXTURES)} "
         f"({nearest(name, NAMED_MIXTURES)})",
         cure="Name a mixture or a YAML file",
     )
+
+
+def _mixture_of_file(study: Study, path: Path) -> tuple[str, Mixture]:
+    mixture, known = read_mixture_yaml(path), study.config.train_domains
+    if unknown := sorted(set(mixture) - set(known)):
+        raise MixtureError(
+            f"{path}: unknown domain '{unknown[0]}' ({nearest(unknown[0], known)})",
+            cure="Name the domains as the study does",
+        )
+    if path.stem in NAMED_MIXTURES and path.resolve() != study.optimum_path.resolve():
+        raise MixtureError(
+            f"{path}: a mixture file may not be called '{path.stem}', which names the study's own",
+            cure="Rename the file: its models are called after it",
+        )
+    return path.stem, mixture
+
+
+def resolve_mixtures(study: Study, names: Sequence[str]) -> dict[str, Mixture]:
+    """Return name -> mixture of all `names`; `MixtureError` where two have one name."""
+    resolved: dict[str, Mixture] = {}
+    for given in names:
+        name, mixture = resolve_mixture(study, given)
+        if name in resolved and dict(resolved[name]) != dict(mixture):
+            raise MixtureError(
+                f"{given}: another mixture is called '{name}' too",
+                cure="Rename one of the files: models are called after them",
+            )
+        resolved[name] = mixture
+    return resolved
 
 
 def plan_domains(shards: ShardSet, mixture: Mixture, training: Training) -> dict[str, DomainUse]:
@@ -91,6 +126,30 @@ def plan_domains(shards: ShardSet, mixture: Mixture, training: Training) -> dict
     )
     plan = sampler.plan(training.num_steps)
     return {d: DomainUse(tokens=use.tokens, epochs=use.epochs) for d, use in plan.items()}
+
+
+def budget_remarks(study: Study, names: Sequence[str], training: Training) -> list[str]:
+    """Return what a person should know before training on the study's optimum.
+
+    The optimum's limit on epochs holds for the tokens that it was found for; a longer run repeats
+    domains more often. A verdict against the optimum is repeated.
+    """
+    path = study.path / "optimum.json"
+    if "optimum" not in names or not path.is_file():
+        return []
+    table = read_table(path)
+    remarks = []
+    verdict = table.get("verdict")
+    if isinstance(verdict, str) and verdict.startswith("keep"):
+        remarks.append(f"The verdict on the optimum was: {verdict}")
+    budget = table.get("budget_tokens")
+    if isinstance(budget, int | float) and training.tokens > 1.01 * budget:
+        remarks.append(
+            f"The optimum was found for {count(budget)} tokens and this run has "
+            f"{count(training.tokens)}: its limit on epochs does not hold; find it again with "
+            f"optimize --tokens {training.tokens}"
+        )
+    return remarks
 
 
 def run_training(
@@ -109,6 +168,9 @@ def run_training(
     ]
     with study.lock() as descriptor:
         waiting = [m for m in members if not _is_trained(study, m, request.training)]
+        remove_leftovers(
+            study.stacks_path, "train-*", keep=lambda path: (path / "job.json").is_file()
+        )
         resumed = _unfinished_jobs(study, members, waiting, request.training)
         held = {member.name for job in resumed for member in job.members}
         planned = _plan(study, [m for m in waiting if m.name not in held], request)
@@ -117,19 +179,19 @@ def run_training(
             return [member.name for member in members]
         parameters_bytes = 4 * request.training.shape.num_parameters
         cost = estimate(jobs, shards, num_workers=request.num_workers, kept_bytes=parameters_bytes)
-        refuse_if_too_large(cost, study.path)
         tally = Tally(jobs)
         on_start(cost, tally)
         for job in planned:
             write_json(Path(job.folder) / "job.json", job.to_table())
         failures: list[str] = []
+        stopped: list[Failed] = []
 
         def handle(event: Event) -> None:
             tally.add(event)
             if isinstance(event, Done):
                 failures.extend(_collect(study, shards, event))
             elif isinstance(event, Failed):
-                failures.append(f"{event.what}. {event.cure}")
+                stopped.append(event)
             on_event(event, tally)
 
         LocalExecutor(
@@ -139,8 +201,10 @@ def run_training(
             inherited=descriptor,
             checkpoint_seconds=request.checkpoint_seconds,
         ).run(jobs, handle)
+        if stopped:
+            raise ModelError(stopped[0].what, cure=stopped[0].cure or "See the study's logs/")
         if failures:
-            raise ModelError(failures[0], cure="See the study's logs/; then run it again")
+            raise ModelError(failures[0], cure="Try a smaller --learning-rate; the others are kept")
     return [member.name for member in members]
 
 
@@ -148,7 +212,7 @@ def _is_trained(study: Study, member: Member, training: Training) -> bool:
     summary = study.models_path / member.name / "summary.json"
     if not summary.is_file():
         return False
-    found = read_json(summary)
+    found = read_table(summary)
     # Through JSON, so that both sides have the same types.
     asked = json.loads(json.dumps({"member": as_table(member), "training": as_table(training)}))
     if found.get("member") == asked["member"] and found.get("training") == asked["training"]:
@@ -167,7 +231,7 @@ def _unfinished_jobs(
     missing = {member.name for member in waiting}
     jobs = []
     for path in sorted(study.stacks_path.glob("train-*/job.json")):
-        stored = StackJob.from_table(read_json(path))
+        stored = StackJob.from_table(read_table(path))
         same = all(asked.get(member.name) == member for member in stored.members)
         if same and stored.training == training and missing & {m.name for m in stored.members}:
             jobs.append(
@@ -197,19 +261,24 @@ def _collect(study: Study, shards: ShardSet, event: Done) -> list[str]:
     failures = []
     for position, member in enumerate(event.job.members):
         target = study.models_path / member.name
-        target.mkdir(parents=True, exist_ok=True)
         if (target / "summary.json").is_file():
             continue
-        if event.result["failed"][position]:
-            failures.append(f"{member.name}: its gradient was not finite, so it was frozen")
+        if event.result["failed"][position] or None in event.result["losses"][position]:
+            failures.append(f"{member.name}: its gradient or its validation loss is not finite")
             continue
         losses = dict(zip(event.job.targets, event.result["losses"][position], strict=True))
-        curve = np.load(folder / f"{member.name}.npy", allow_pickle=False)
+        with storage_errors(folder):
+            curve = np.load(folder / f"{member.name}.npy", allow_pickle=False)
         write_json(target / "config.json", model_config(shards, training))
         write_json(target / "evaluation.json", evaluation_table(study, shards, losses))
         write_text(target / "metrics.jsonl", _metrics(curve, training))
-        shutil.copyfile(folder / f"{member.name}.safetensors", target / ".model.tmp")
-        os.replace(target / ".model.tmp", target / "model.safetensors")
+        parameters = folder / f"{member.name}.safetensors"
+        with (
+            storage_errors(parameters),
+            open(parameters, "rb") as source,
+            atomic_open(target / "model.safetensors") as copy,
+        ):
+            shutil.copyfileobj(source, copy)
         summary = _summary(shards, member, training, event.result, curve)
         write_json(target / "summary.json", summary)
     shutil.rmtree(folder, ignore_errors=True)

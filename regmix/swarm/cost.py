@@ -51,27 +51,55 @@ def estimate(
 ) -> Cost:
     """Return what `jobs` will cost; the speed is measured for about a second.
 
+    Raises `StudyError` or `StorageError`, before anything large is allocated, where this machine's
+    memory or disk cannot hold the run.
+
     kept_bytes: bytes per model that stay on disk after the run.
     """
     tokens = sum(job.training.tokens * len(job.members) for job in jobs)
     num_models = sum(len(job.members) for job in jobs)
     if not jobs:
         return Cost(num_models=0, tokens=0, seconds=0.0, memory_bytes=0, disk_bytes=0)
-    state_bytes = 4 * jobs[0].training.shape.num_parameters
-    largest = max(len(job.members) for job in jobs)
-    busy = min(num_workers, len(jobs))
-    # Parameters, gradients, two moments, and a checkpoint being written.
-    memory = busy * (WORKER_BASE_BYTES + 7 * largest * state_bytes)
-    # Two checkpoints of parameters and moments, and one being written.
-    disk = busy * 9 * largest * state_bytes + num_models * kept_bytes
-    rate = measure_tokens_per_second(jobs[0], shards) * busy
-    return Cost(
+    cost = Cost(
         num_models=num_models,
         tokens=tokens,
-        seconds=tokens / rate,
-        memory_bytes=memory,
-        disk_bytes=disk,
+        seconds=0.0,
+        memory_bytes=memory_needed(jobs, num_workers),
+        disk_bytes=disk_needed(jobs, num_workers) + num_models * kept_bytes,
     )
+    # Before the probe: it is a small stack, but of the same shape and batch.
+    refuse_if_too_large(cost, Path(jobs[0].folder))
+    rate = measure_tokens_per_second(jobs[0], shards) * min(num_workers, len(jobs))
+    return dataclasses.replace(cost, seconds=tokens / rate)
+
+
+def memory_needed(jobs: Sequence[StackJob], num_workers: int) -> int:
+    """Return the bytes that all workers need at once."""
+    needs = []
+    for job in jobs:
+        training, members = job.training, len(job.members)
+        shape = training.shape
+        # Parameters, two moments, gradients of a few members, and a checkpoint being written.
+        state = 7 * 4 * members * shape.num_parameters
+        # Activations that stay for the backward: some 12 widths and 5 hiddens a layer, attention
+        # weights, for the members that are trained at a time; and the head's chunk of logits.
+        batch_tokens = training.batch_size * shape.seq_len
+        per_token = shape.num_layers * (12 * shape.width + 5 * shape.hidden)
+        per_token += shape.num_layers * shape.num_heads * shape.seq_len + 4 * shape.width
+        activations = 4 * batch_tokens * per_token
+        steps = 4 * members * training.num_steps
+        needs.append(state + activations + steps)
+    needs.sort(reverse=True)
+    return sum(WORKER_BASE_BYTES + need for need in needs[: max(1, num_workers)])
+
+
+def disk_needed(jobs: Sequence[StackJob], num_workers: int) -> int:
+    """Return the bytes of checkpoints on disk at once: two kept and one being written."""
+    needs = sorted(
+        (9 * 4 * len(job.members) * job.training.shape.num_parameters for job in jobs),
+        reverse=True,
+    )
+    return sum(needs[: max(1, num_workers)])
 
 
 def measure_tokens_per_second(job: StackJob, shards: ShardSet) -> float:

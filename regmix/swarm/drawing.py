@@ -16,6 +16,7 @@ from regmix.config import build
 from regmix.data.draws import BoundedOptions, RegmixOptions
 from regmix.data.mixtures import MixtureTable, draw_swarm, read_mixture_yaml
 from regmix.data.shards import ShardSet
+from regmix.decision.objective import make_objective
 from regmix.errors import MixtureError, StudyError, nearest
 from regmix.study import Study, StudyConfig, Training, relative_to_study
 
@@ -48,7 +49,9 @@ class SwarmRequest:
             kind = _OPTIONS.get(self.sampler)
             if kind is not None:
                 # Constants come from the command line as numbers: whole ones are counts.
-                values = {k: int(v) if v == int(v) else v for k, v in self.options.items()}
+                values = {
+                    k: int(v) if float(v).is_integer() else v for k, v in self.options.items()
+                }
                 options = build(kind, values, where="sampler option")
         return draw_swarm(
             prior,
@@ -90,6 +93,7 @@ def make_study(
                 f"{shards.path}: no validation set '{target}' ({nearest(target, targets)})",
                 cure="Name a validation set of the corpus as the target",
             )
+    make_objective(objective, targets)
     if mixtures_from is not None:
         table, record = read_mixtures(mixtures_from, tuple(prior)), {"from": mixtures_from.name}
     else:

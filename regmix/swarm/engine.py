@@ -53,6 +53,7 @@ class StackJob:
     """All that training one stack depends on, so that a resumed stack is the same stack.
 
     shards, folder: absolute paths of the corpus and of the stack's checkpoints.
+    shards_checksum: the corpus's, so that a checkpoint is not resumed on another one.
     threads: intra-op threads; the sums of a matrix product depend on them.
     """
 
@@ -61,6 +62,7 @@ class StackJob:
     training: Training
     targets: tuple[str, ...]
     shards: str
+    shards_checksum: str
     folder: str
     threads: int = 1
 
@@ -68,6 +70,13 @@ class StackJob:
         """Return the job as plain tables, for JSON."""
         table = as_table(self)
         table["members"] = [as_table(member) for member in self.members]
+        return table
+
+    def identity(self) -> dict[str, Any]:
+        """Return what is trained, without where its files lie: that may change between runs."""
+        table = self.to_table()
+        for place in ("shards", "folder"):
+            table.pop(place)
         return table
 
     @classmethod
@@ -214,7 +223,7 @@ class StackTrainer:
         for step, losses in self.evaluations:
             tensors[f"evaluation.{step}"] = torch.from_numpy(losses)
         state = {
-            "job": _identity(self.job),
+            "job": self.job.identity(),
             "samplers": [sampler.state(self.step) for sampler in self.samplers],
         }
         save_checkpoint(self.folder, self.step, tensors, state)
@@ -224,11 +233,7 @@ class StackTrainer:
         if found is None:
             return
         tensors, state = found
-        if state["job"] != _identity(self.job):
-            raise ModelError(
-                f"{self.folder}: its checkpoint belongs to another stack than '{self.job.name}'",
-                cure="Remove that folder to train the stack from its first step",
-            )
+        refuse_another_job(self.job, state["job"])
         self.step = state["step"]
         for name, value in self.parameters.items():
             value.copy_(tensors[f"parameters.{name}"])
@@ -255,12 +260,13 @@ def mean_losses(model: StackedLlama, parameters: dict[str, Tensor], windows: Win
     return (total / windows.num_tokens).numpy()
 
 
-def _identity(job: StackJob) -> dict[str, Any]:
-    # Where the files lie may change between runs; what is trained may not.
-    table = job.to_table()
-    for place in ("shards", "folder"):
-        table.pop(place)
-    return table
+def refuse_another_job(job: StackJob, found: object) -> None:
+    """Raise `ModelError` where what lies in the job's folder was made by another job."""
+    if found != job.identity():
+        raise ModelError(
+            f"{job.folder}: what it holds belongs to another stack than '{job.name}'",
+            cure="Remove that folder to train the stack from its first step",
+        )
 
 
 def member_parameters(parameters: dict[str, Tensor], position: int) -> dict[str, Tensor]:

@@ -70,6 +70,8 @@ class _WorkerProcess:
         environment = {
             **os.environ,
             "PYTHONSAFEPATH": "1",
+            # Threads that spin while they wait take the core of another process's thread.
+            "OMP_WAIT_POLICY": "passive",
             "OMP_NUM_THREADS": str(threads),
             "MKL_NUM_THREADS": str(threads),
         }

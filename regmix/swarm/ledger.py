@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from regmix.errors import StudyError
+from regmix.errors import StorageError, StudyError
 from regmix.files import write_text
 from regmix.swarm.engine import StackJob
 
@@ -91,13 +91,20 @@ class Ledger:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
         try:
+            self._db.execute("BEGIN IMMEDIATE")
             yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
+            self._db.execute("COMMIT")
+        except BaseException as error:
+            # On a full disk SQLite has rolled back by itself.
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            if isinstance(error, sqlite3.OperationalError):
+                raise StorageError(
+                    f"{self.path}: the ledger cannot be written ({error})",
+                    cure="Free some space, check the permissions, then run the command again",
+                ) from error
             raise
-        self._db.execute("COMMIT")
 
     def add_stacks(self, jobs: Sequence[StackJob]) -> None:
         """Store new stacks and their proxies as pending, before any of them is trained."""

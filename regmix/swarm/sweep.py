@@ -11,8 +11,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,10 +23,10 @@ from regmix.data.mixtures import MixtureTable
 from regmix.data.sampler import ORDER_VERSION
 from regmix.data.shards import ShardSet
 from regmix.errors import StudyError
-from regmix.files import write_json
+from regmix.files import storage_errors, write_json
 from regmix.provenance import environment_record
 from regmix.study import Study, Training
-from regmix.swarm.cost import Cost, estimate, refuse_if_too_large
+from regmix.swarm.cost import Cost, estimate
 from regmix.swarm.engine import CHECKPOINT_SECONDS, Member, StackJob
 from regmix.swarm.executors import Done, Event, Failed, LocalExecutor, Progress, stack_jobs
 from regmix.swarm.ledger import Ledger
@@ -54,10 +56,14 @@ class SweepOptions:
 
 @dataclass
 class SweepResult:
-    """What a sweep has: numbers of proxies, and what failed as (name, why)."""
+    """What a sweep has: numbers of proxies, and what failed as (name, why).
+
+    num_failed: trained without finite losses; num_pending: their stack could not be trained.
+    """
 
     num_done: int
     num_failed: int
+    num_pending: int
     trained_now: int
     failures: list[tuple[str, str]] = field(default_factory=list)
 
@@ -70,23 +76,21 @@ class Tally:
         self.num_models = sum(len(job.members) for job in jobs)
         self.models_done = 0
         self._tokens: dict[str, int] = {}
-        self._rates: dict[str, float] = {}
         self._losses: dict[str, float] = {}
+        self._first: tuple[float, int] | None = None
 
     def add(self, event: Event) -> None:
         """Count one event."""
         job, name = event.job, event.job.name
-        shape = job.training.shape
         if isinstance(event, Progress):
-            per_step = len(job.members) * job.training.batch_size * shape.seq_len
+            per_step = len(job.members) * job.training.batch_size * job.training.shape.seq_len
             self._tokens[name] = event.step * per_step
-            self._rates[name] = event.tokens_per_second
             self._losses[name] = event.loss_nats
-            return
-        self._tokens[name] = job.training.tokens * len(job.members)
-        self._rates.pop(name, None)
-        self._losses.pop(name, None)
-        self.models_done += len(job.members)
+        else:
+            self._tokens[name] = job.training.tokens * len(job.members)
+            self.models_done += len(job.members)
+        if self._first is None:
+            self._first = (time.monotonic(), self.tokens)
 
     @property
     def tokens(self) -> int:
@@ -95,13 +99,16 @@ class Tally:
 
     @property
     def tokens_per_second(self) -> float:
-        """Speed now, over all workers."""
-        return sum(self._rates.values())
+        """Speed since the first report, over all workers, evaluations included."""
+        if self._first is None:
+            return 0.0
+        started, tokens = self._first
+        return (self.tokens - tokens) / max(time.monotonic() - started, 1e-3)
 
     @property
     def loss_nats(self) -> float:
-        """Mean training loss of the stacks in training."""
-        return sum(self._losses.values()) / max(len(self._losses), 1)
+        """Mean of the stacks' last training losses."""
+        return sum(self._losses.values()) / len(self._losses) if self._losses else math.nan
 
 
 def run_sweep(
@@ -118,13 +125,14 @@ def run_sweep(
     shards = study.open_shards()
     table = MixtureTable.read_csv(study.mixtures_path)
     with study.lock() as descriptor, Ledger(study.ledger_path) as ledger:
+        pending = {job.name for job in ledger.pending_stacks()}
+        remove_leftovers(study.stacks_path, "stack-*", keep=lambda path: path.name in pending)
         planned = plan_stacks(study, ledger, table, shards, options)
         jobs = [_located(study, job) for job in ledger.pending_stacks()] + planned
         trained = sum(len(job.members) for job in jobs)
         failures: list[tuple[str, str]] = []
         if jobs:
             cost = estimate(jobs, shards, num_workers=options.workers)
-            refuse_if_too_large(cost, study.path)
             tally = Tally(jobs)
             on_start(cost, tally)
             ledger.add_stacks(planned)
@@ -149,8 +157,9 @@ def run_sweep(
         rows = ledger.proxies()
         failures += [(f"proxy {r.index}", r.error or "") for r in rows if r.state == "failed"]
         record_speed(study, ledger, options)
-        unfinished = len(rows) - num_done
-        return SweepResult(num_done, unfinished, trained, failures)
+        num_failed = sum(row.state == "failed" for row in rows)
+        num_pending = len(rows) - num_done - num_failed
+        return SweepResult(num_done, num_failed, num_pending, trained, failures)
 
 
 def plan_stacks(
@@ -212,6 +221,7 @@ def stack_job(
         training=training,
         targets=study.config.targets,
         shards=str(study.shards_path),
+        shards_checksum=study.config.shards_checksum,
         folder=str(study.stacks_path / name),
         threads=threads,
     )
@@ -225,14 +235,26 @@ def _located(study: Study, job: StackJob) -> StackJob:
 def collect(study: Study, ledger: Ledger, event: Done) -> None:
     """Take over a trained stack: its files first, then its rows, then its folder goes."""
     folder = Path(event.job.folder)
-    study.steps_path.mkdir(exist_ok=True)
-    for member in event.job.members:
-        # Moved already where the last run was killed right after.
-        with contextlib.suppress(FileNotFoundError):
-            os.replace(folder / f"{member.name}.npy", study.steps_path / f"{member.name}.npy")
+    with storage_errors(study.steps_path):
+        study.steps_path.mkdir(exist_ok=True)
+        for member in event.job.members:
+            # Moved already where the last run was killed right after.
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(folder / f"{member.name}.npy", study.steps_path / f"{member.name}.npy")
     ledger.finish_stack(event.job, event.result)
     ledger.export_losses(study.losses_path, study.config.targets)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_leftovers(stacks: Path, pattern: str, *, keep: Callable[[Path], bool]) -> None:
+    """Remove the folders of stacks that are done: a run was killed before it removed them.
+
+    pattern: the folders' names, `stack-*` for proxies and `train-*` for large models; keep:
+    whether a folder's stack is still to be trained or collected.
+    """
+    for folder in sorted(stacks.glob(pattern)):
+        if folder.is_dir() and not keep(folder):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def record_speed(study: Study, ledger: Ledger, options: SweepOptions) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 
 from regmix.data.shards import ShardSet
 from regmix.errors import RegmixError
-from regmix.files import atomic_open
+from regmix.files import atomic_open, read_table
 from regmix.swarm.checkpoint import checkpoints, read_tensors, write_tensors
 from regmix.swarm.engine import (
     CHECKPOINT_SECONDS,
@@ -35,6 +35,7 @@ from regmix.swarm.engine import (
     StepReport,
     StoppedError,
     member_parameters,
+    refuse_another_job,
 )
 
 RESULT_FILE = "result.json"
@@ -57,7 +58,8 @@ def train_job(
     folder = Path(job.folder)
     done = folder / RESULT_FILE
     if done.is_file():
-        table: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
+        table = read_table(done, "job", "losses", "failed", "evaluations", "seconds", "tokens")
+        refuse_another_job(job, table["job"])
         return table
     if shards is None:
         shards = ShardSet.open(job.shards)
@@ -81,6 +83,7 @@ def _write_result(job: StackJob, result: StackResult) -> dict[str, Any]:
         with atomic_open(folder / f"{member.name}.npy") as stream:
             np.save(stream, result.train_losses[:, position], allow_pickle=False)
     table: dict[str, Any] = {
+        "job": job.identity(),
         "losses": result.losses.tolist(),
         "failed": result.failed.tolist(),
         "evaluations": [[step, losses.tolist()] for step, losses in result.evaluations],
