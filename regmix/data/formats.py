@@ -290,6 +290,8 @@ def _load_backend(path: Path | str) -> Any:
         ) from error
     backend.no_truncation()
     backend.no_padding()
+    # As `pack` does: a special token spelled out in a text is text.
+    backend.encode_special_tokens = True
     return backend
 
 

@@ -16,7 +16,6 @@ from regmix.config import build
 from regmix.data.draws import BoundedOptions, RegmixOptions
 from regmix.data.mixtures import MixtureTable, draw_swarm, read_mixture_yaml
 from regmix.data.shards import ShardSet
-from regmix.decision.objective import make_objective
 from regmix.errors import MixtureError, StudyError, nearest
 from regmix.study import Study, StudyConfig, Training, relative_to_study
 
@@ -93,7 +92,6 @@ def make_study(
                 f"{shards.path}: no validation set '{target}' ({nearest(target, targets)})",
                 cure="Name a validation set of the corpus as the target",
             )
-    make_objective(objective, targets)
     if mixtures_from is not None:
         table, record = read_mixtures(mixtures_from, tuple(prior)), {"from": mixtures_from.name}
     else:
