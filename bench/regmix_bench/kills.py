@@ -1,8 +1,9 @@
 """Kill a sweep and a training at random moments: do they end with the same bits?
 
 Enters: an empty folder. Leaves there one undisturbed study and one whose `proxies` and `train`
-were killed with `kill -9` ten times each, and records of what was compared. Odd kills hit the
-coordinator, even ones a worker. Seeds are fixed; the moments depend on the machine's speed.
+were killed with `kill -9` ten times each, and records of what was compared. Half of the
+kills hit the coordinator; the others a worker, where one lives, and the coordinator a second later.
+Seeds are fixed; the moments depend on the machine's speed.
 
     python -m regmix_bench.kills --out FOLDER --json FILE
 """

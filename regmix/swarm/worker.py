@@ -140,9 +140,11 @@ class _Worker:
             except RegmixError as error:
                 say({"failed": job.name, "what": error.what, "cure": error.cure})
             except Exception:
+                # A defect in one stack must not take the others: it is reported, its trace logged.
                 traceback.print_exc()
                 last = traceback.format_exc().strip().splitlines()[-1]
-                say({"failed": job.name, "what": f"stack {job.name}: {last}", "cure": ""})
+                cure = "See the trace in the study's logs/"
+                say({"failed": job.name, "what": f"stack {job.name}: {last}", "cure": cure})
 
     def _train(self, job: StackJob, checkpoint_seconds: float) -> None:
         import torch
