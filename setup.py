@@ -14,10 +14,11 @@ setup(
         Pybind11Extension(
             "regmix._sampler",
             ["csrc/bindings.cpp"],
-            depends=["csrc/sampler.hpp"],  # without it the sdist loses the header
+            # without these the sdist loses the headers
+            depends=["csrc/isa.hpp", "csrc/order.hpp", "csrc/gather.hpp", "csrc/ring.hpp"],
             include_dirs=["csrc"],
             cxx_std=17,
-            extra_compile_args=[] if os.name == "nt" else ["-O3"],
+            extra_compile_args=[] if os.name == "nt" else ["-O3", "-pthread"],
             optional=os.environ.get("REGMIX_REQUIRE_NATIVE") != "1",
         )
     ]

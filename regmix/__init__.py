@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from regmix.data.mixtures import Mixture, draw_swarm
     from regmix.data.sampler import MixtureSampler
     from regmix.data.shards import ShardSet
+    from regmix.data.stream import MixtureDataset
     from regmix.decision.optimum import optimize
     from regmix.decision.runs import read_runs
     from regmix.decision.surrogate import fit
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Mixture",
+    "MixtureDataset",
     "MixtureSampler",
     "RegmixError",
     "ShardSet",
@@ -33,6 +35,7 @@ __all__ = [
 
 _HOMES = {
     "Mixture": "regmix.data.mixtures",
+    "MixtureDataset": "regmix.data.stream",
     "MixtureSampler": "regmix.data.sampler",
     "RegmixError": "regmix.errors",
     "ShardSet": "regmix.data.shards",

@@ -20,13 +20,24 @@ from regmix.errors import ConfigError, nearest
 BACKENDS = ("native", "numba", "numpy")
 
 
+Batch = NDArray[np.int64] | NDArray[np.int32] | NDArray[np.uint16]
+
+
 class Gather(Protocol):
     """Copies sequences into a batch."""
 
+    def add(self, files: Sequence[NDArray[Any]]) -> int:
+        """Take a domain's token arrays, uint16 or uint32, and return its slot."""
+
     def fill(
-        self, domains: NDArray[np.int64], sequences: NDArray[np.int64], out: NDArray[np.int64]
+        self,
+        slots: NDArray[np.int64],
+        domains: NDArray[np.int64],
+        sequences: NDArray[np.int64],
+        seq_len: int,
+        out: Batch,
     ) -> None:
-        """Write sequence `sequences[i]` of domain `domains[i]` into row i of `out` [N, T+1]."""
+        """Write sequence `sequences[i]` of slot `slots[domains[i]]` into row i of out [N, T+1]."""
 
 
 class Backend(Protocol):
@@ -50,33 +61,42 @@ class Backend(Protocol):
     ) -> None:
         """Deal one step into `domains` and `sequences`, in batch order."""
 
-    def gather(self, arrays: Sequence[Sequence[NDArray[Any]]], seq_len: int) -> Gather:
-        """Return a `Gather` over the token arrays of each domain."""
+    def gather(self) -> Gather:
+        """Return a `Gather` without domains."""
 
 
 class SliceGather:
     """Gathers by NumPy slices; a sequence may straddle several arrays."""
 
-    def __init__(self, arrays: Sequence[Sequence[NDArray[Any]]], seq_len: int) -> None:
-        self._arrays = [tuple(np.asarray(array) for array in domain) for domain in arrays]
-        self._ends = [np.cumsum([len(array) for array in domain]) for domain in self._arrays]
-        self._seq_len = seq_len
+    def __init__(self) -> None:
+        self._domains: list[tuple[NDArray[Any], ...]] = []
+        self._ends: list[NDArray[np.int64]] = []
+
+    def add(self, files: Sequence[NDArray[Any]]) -> int:
+        """See `Gather.add`."""
+        self._domains.append(tuple(np.asarray(array) for array in files))
+        self._ends.append(np.cumsum([len(array) for array in files]))
+        return len(self._domains) - 1
 
     def fill(
-        self, domains: NDArray[np.int64], sequences: NDArray[np.int64], out: NDArray[np.int64]
+        self,
+        slots: NDArray[np.int64],
+        domains: NDArray[np.int64],
+        sequences: NDArray[np.int64],
+        seq_len: int,
+        out: Batch,
     ) -> None:
         """See `Gather.fill`."""
-        length = self._seq_len + 1
-        pairs = zip(domains.tolist(), sequences.tolist(), strict=True)
-        for row, (domain, sequence) in zip(out, pairs, strict=True):
-            start = sequence * self._seq_len
-            ends = self._ends[domain]
+        pairs = zip(slots[domains].tolist(), sequences.tolist(), strict=True)
+        for row, (slot, sequence) in zip(out, pairs, strict=True):
+            start = sequence * seq_len
+            ends = self._ends[slot]
             file = int(np.searchsorted(ends, start, side="right"))
             done = 0
-            while done < length:
-                array = self._arrays[domain][file]
+            while done < seq_len + 1:
+                array = self._domains[slot][file]
                 offset = start + done - (int(ends[file]) - len(array))
-                part = array[offset : offset + length - done]
+                part = array[offset : offset + seq_len + 1 - done]
                 row[done : done + len(part)] = part
                 done += len(part)
                 file += 1
@@ -105,13 +125,13 @@ class NumpyBackend:
         """See `Backend.order`."""
         order.order(table, dealing, first, step_key, domains, sequences)
 
-    def gather(self, arrays: Sequence[Sequence[NDArray[Any]]], seq_len: int) -> Gather:
+    def gather(self) -> Gather:
         """See `Backend.gather`."""
-        return SliceGather(arrays, seq_len)
+        return SliceGather()
 
 
 class NumbaBackend(NumpyBackend):
-    """The order compiled by Numba; tokens are gathered by NumPy slices, which are as fast."""
+    """Order and gathering compiled by Numba; they work without the GIL."""
 
     name = "numba"
 
@@ -139,6 +159,12 @@ class NumbaBackend(NumpyBackend):
         key = np.uint64(step_key)
         self._kernels.order(table, dealing, first, key, domains, sequences)
 
+    def gather(self) -> Gather:
+        """See `Backend.gather`."""
+        from regmix.data import _numba_gather
+
+        return _numba_gather.NumbaGather()
+
 
 class NativeBackend:
     """The C++ core, `csrc/sampler.hpp`; it works without the GIL."""
@@ -154,12 +180,8 @@ class NativeBackend:
             )
         self.advance = _sampler.advance
         self.order = _sampler.order
-        self._gather = _sampler.Gather
-
-    def gather(self, arrays: Sequence[Sequence[NDArray[Any]]], seq_len: int) -> Gather:
-        """See `Backend.gather`."""
-        plain = [[np.asarray(array) for array in domain] for domain in arrays]
-        return self._gather(plain, seq_len)
+        self.gather = _sampler.Gather
+        self.ring = _sampler.Ring
 
 
 _KINDS: dict[str, Callable[[], Backend]] = {

@@ -20,12 +20,12 @@ Shapes: D domains with a positive weight, N sequences.
 
 from __future__ import annotations
 
+import functools
 import heapq
 import json
 import math
 import numbers
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
 
 import numpy as np
 import xxhash
@@ -35,13 +35,14 @@ from regmix.errors import MixtureError
 
 ORDER_VERSION = 1
 WEIGHT_SUM = 1 << 50  # the counts stay exact in int64 and a weight of 1e-15 is still dealt
-SUM_TOLERANCE = 1e-6
+SUM_TOLERANCE_PARTS = 1_000_000  # the weights sum to 1 within a part in so many
 
 # Rows of the table, int64 [6, D]: what does not change during a run. KEY holds uint64 bits.
 WEIGHT, PERIOD, REMAINDER, SIZE, POOL, KEY = range(6)
 # Rows of the dealing, int64 [5, D]: what one dealt sequence changes, in its own domain only.
 # A slack is weight * time - target, in [0, weight): the exact remainder of the ceiling division.
 COUNT, RELEASE, RELEASE_SLACK, DEADLINE, DEADLINE_SLACK = range(5)
+NEVER = (1 << 63) - 1  # the release of a domain of weight 0
 
 # A permutation of few elements needs many rounds: 6 rounds left the orders of 5 elements 53% apart
 # from uniform, 24 leave none measurable over 100,000 keys.
@@ -60,7 +61,7 @@ def integer_weights(weights: Mapping[str, float]) -> dict[str, int]:
     """
     if not weights:
         raise MixtureError("The mixture names no domain", cure="Give at least one domain a weight")
-    exact: dict[str, Fraction] = {}
+    ratios: dict[str, tuple[int, int]] = {}
     for domain in sorted(weights):
         value = weights[domain]
         is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
@@ -69,22 +70,28 @@ def integer_weights(weights: Mapping[str, float]) -> dict[str, int]:
                 f"The weight of domain '{domain}' is {value!r}",
                 cure="A weight is a number between 0 and 1",
             )
-        exact[domain] = Fraction(float(value))
-    total = sum(exact.values(), Fraction(0))
-    if not abs(float(total) - 1) <= SUM_TOLERANCE:
+        ratios[domain] = float(value).as_integer_ratio()
+    # The denominators are powers of two, so the largest is common to all: exact, without fractions.
+    unit = max(denominator for _, denominator in ratios.values())
+    exact = {domain: top * (unit // bottom) for domain, (top, bottom) in ratios.items()}
+    total = sum(exact.values())
+    if abs(total - unit) * SUM_TOLERANCE_PARTS > unit:
+        shown = math.fsum(min(float(value), 1e300) for value in weights.values())
         raise MixtureError(
-            f"The weights of the mixture sum to {float(total):.9g}",
+            f"The weights of the mixture sum to {shown:.9g}",
             cure="Weights are fractions of the training tokens: make them sum to 1",
         )
-    shares = {domain: weight * WEIGHT_SUM / total for domain, weight in exact.items()}
-    integers = {domain: math.floor(share) for domain, share in shares.items()}
+    integers, remainders = {}, {}
+    for domain, share in exact.items():
+        integers[domain], remainders[domain] = divmod(share * WEIGHT_SUM, total)
     short = WEIGHT_SUM - sum(integers.values())
-    by_remainder = sorted(shares, key=lambda domain: (integers[domain] - shares[domain], domain))
+    by_remainder = sorted(remainders, key=lambda domain: (-remainders[domain], domain))
     for domain in by_remainder[:short]:
         integers[domain] += 1
     return integers
 
 
+@functools.lru_cache(maxsize=1 << 16)  # a thousand mixtures name the same domains
 def hash_key(*parts: str | int) -> int:
     """Return the 64-bit key of some words and numbers under this version of the order."""
     canonical = json.dumps(["regmix order", ORDER_VERSION, *parts], ensure_ascii=True)
@@ -102,29 +109,44 @@ def mix_key(key: int, number: int) -> int:
 def order_table(
     weights: Sequence[int], sizes: Sequence[int], pools: Sequence[int], keys: Sequence[int]
 ) -> NDArray[np.int64]:
-    """Return the table [6, D] of positive weights, sequences, pools and keys per domain."""
+    """Return the table [6, D] of weights, sequences, pools and keys per domain.
+
+    A weight of 0 is of a domain that other segments of the run draw from.
+    """
     weight = np.array(weights, dtype=np.int64)
-    rows = [weight, WEIGHT_SUM // weight, WEIGHT_SUM % weight]
+    divisor = np.maximum(weight, 1)
+    rows = [weight, WEIGHT_SUM // divisor, WEIGHT_SUM % divisor]
     rows += [np.array(row, dtype=np.int64) for row in (sizes, pools)]
     rows.append(np.array(keys, dtype=np.uint64).view(np.int64))
     return np.ascontiguousarray(np.stack(rows))
 
 
-def start_dealing(table: NDArray[np.int64], counts: Sequence[int]) -> NDArray[np.int64]:
-    """Return the dealing [5, D] of a run that has dealt `counts` sequences of each domain."""
-    num_domains = table.shape[1]
+def start_dealing(table: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the dealing [5, D] of a segment that has dealt `counts` [D] sequences so far."""
+    positive = np.flatnonzero(table[WEIGHT])
     # 1 / (2(D-1)) in units of 2^-50. Rounding up for the release and down for the deadline changes
     # no comparison: the other side of each is an integer.
-    halves = 2 * (num_domains - 1)
+    halves = 2 * (len(positive) - 1)
     early, late = (-(-WEIGHT_SUM // halves), WEIGHT_SUM // halves) if halves else (0, 0)
-    dealing = np.empty((5, num_domains), dtype=np.int64)
-    for d, (weight, count) in enumerate(zip(table[WEIGHT].tolist(), counts, strict=True)):
+    dealing = np.zeros((5, table.shape[1]), dtype=np.int64)
+    dealing[COUNT] = counts
+    dealing[RELEASE] = dealing[DEADLINE] = NEVER
+    if not counts.any():
+        weight = table[WEIGHT, positive]
+        for time, slack, target in (
+            (RELEASE, RELEASE_SLACK, early),
+            (DEADLINE, DEADLINE_SLACK, WEIGHT_SUM - late),
+        ):
+            dealing[time, positive] = -(-target // weight)
+            dealing[slack, positive] = dealing[time, positive] * weight - target
+        return dealing
+    for d in positive.tolist():  # in Python's integers: a count times 2^50 is beyond int64
+        weight, count = int(table[WEIGHT, d]), int(counts[d])
         release_target = count * WEIGHT_SUM + early
         deadline_target = (count + 1) * WEIGHT_SUM - late
         release = -(-release_target // weight)
         deadline = -(-deadline_target // weight)
-        dealing[:, d] = (
-            count,
+        dealing[1:, d] = (
             release,
             release * weight - release_target,
             deadline,

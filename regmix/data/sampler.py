@@ -1,34 +1,33 @@
 """Batches as a pure function of the seed, the mixture and the step.
 
-Enters: packed shards, a mapping {domain: weight}, a sequence length T and a batch size B. Leaves:
-int64 batches [B, T+1], one token shared between a sequence and the next for the label. Any step can
-be asked for, in any order; step s holds sequences s B + 1 to (s + 1) B of the order that `order.py`
-defines. Trains nothing, verifies no checksum, knows no rank: a rank takes its rows of the batch.
+Enters: packed shards, a mapping {domain: weight} or several of them one after the other, a sequence
+length T and a batch size B. Leaves: batches [B, T+1] of int64, int32 or uint16, one token shared
+between a sequence and the next for the label. Any step can be asked for, in any order; step s holds
+sequences s B + 1 to (s + 1) B of the order that `order.py` defines. Trains nothing, verifies no
+checksum, starts no thread (`ring.py` does), knows no rank: a rank takes its rows of the batch.
 """
 
 from __future__ import annotations
 
-import bisect
 import operator
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from regmix.data.backends import available_backends, load_backend
+from regmix.data.backends import Batch, available_backends, load_backend
+from regmix.data.dealer import Dealer
 from regmix.data.order import (
-    COUNT,
     ORDER_VERSION,
     WEIGHT_SUM,
     hash_key,
     integer_weights,
-    mix_key,
     order_table,
-    start_dealing,
 )
+from regmix.data.token_store import Shards, token_store
 from regmix.errors import ConfigError, MixtureError, ShardError, nearest
 
 __all__ = [
@@ -40,18 +39,10 @@ __all__ = [
     "available_backends",
 ]
 
-# Going back replays at most this many steps; a snapshot is 8 bytes per domain.
-SNAPSHOT_STEPS = 256
+_DTYPES = frozenset(np.dtype(kind) for kind in (np.int64, np.int32, np.uint16))
 
-
-class Shards(Protocol):
-    """What the sampler needs of a `ShardSet`."""
-
-    def domains(self, split: str) -> tuple[str, ...]:
-        """Return the domains of a split."""
-
-    def arrays(self, split: str, domain: str) -> tuple[NDArray[Any], ...]:
-        """Return the token arrays of a domain, in order."""
+# A mixture for the whole run, or (first step, mixture) pairs, the first at step 0.
+Schedule = Mapping[str, float] | Sequence[tuple[int, Mapping[str, float]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +58,10 @@ class DomainPlan:
 
 
 class MixtureSampler:
-    """Batches of one mixture.
+    """Batches of one mixture, or of one mixture after the other.
 
+    `mixture` is {domain: weight}, or a list of (first step, {domain: weight}), the first at step 0:
+    from its step on each is dealt exactly, and every domain goes on where it was.
     Raises `MixtureError` for weights that are invalid or name an unknown domain, `ShardError` for a
     weighted domain without one whole sequence, `ConfigError` for a size or backend out of range.
     `pool` caps domains at their first M sequences, {domain: M}.
@@ -77,7 +70,7 @@ class MixtureSampler:
     def __init__(
         self,
         shards: Shards,
-        mixture: Mapping[str, float],
+        mixture: Schedule,
         *,
         seq_len: int,
         batch_size: int,
@@ -91,82 +84,176 @@ class MixtureSampler:
                 raise ConfigError(f"{name} is {value}", cure="Use a whole number of at least 1")
         self.seq_len, self.batch_size = operator.index(seq_len), operator.index(batch_size)
         self.data_seed, self.split = operator.index(data_seed), split
-        self._weights = _dealt_weights(mixture, shards.domains(split))
-        self.domains = tuple(self._weights)
-        arrays = [_token_arrays(shards, split, domain, self.seq_len) for domain in self.domains]
-        sizes = [(sum(map(len, files)) - 1) // self.seq_len for files in arrays]
-        self.num_sequences = dict(zip(self.domains, sizes, strict=True))
-        self._pools = _pools(pool or {}, self.num_sequences, shards.domains(split))
-        keys = [hash_key("domain", self.data_seed, domain) for domain in self.domains]
-        self._step_key = hash_key("step", self.data_seed)
-        self._table = order_table(
-            list(self._weights.values()), sizes, list(self._pools.values()), keys
+        known = shards.domains(split)
+        self._segments = tuple(
+            (step, _dealt_weights(weights, known)) for step, weights in _segments(mixture)
         )
-        self._backend = load_backend(backend)
-        self._gather = self._backend.gather(arrays, self.seq_len)
-        self._snapshot_steps: list[int] = []
-        self._snapshots: list[tuple[int, ...]] = []
-        self._set(0, (0,) * len(self.domains))
-        self._last_step: int | None = None
-        self._last_domains = np.empty(self.batch_size, dtype=np.int64)
-        self._last_sequences = np.empty(self.batch_size, dtype=np.int64)
+        self.domains = tuple(sorted({name for _, weights in self._segments for name in weights}))
+        chosen = load_backend(backend)
+        self.backend_name = chosen.name
+        store = token_store(shards, split, chosen)
+        opened = {domain: store.open(shards, domain) for domain in self.domains}
+        self.num_sequences = {
+            domain: _num_sequences(domain, tokens, self.seq_len)
+            for domain, (_, tokens, _) in opened.items()
+        }
+        self._wide = any(wide for _, _, wide in opened.values())
+        self._slots = np.array([slot for slot, _, _ in opened.values()], dtype=np.int64)
+        self.gather = store.gather
+        self._pools = _pools(pool or {}, self.num_sequences, known)
+        self._dealer = self._make_dealer(chosen)
+        self._source = (shards, {"pool": dict(pool or {}), "backend": backend})
 
-    @property
-    def backend_name(self) -> str:
-        """The backend in use: native, numba or numpy."""
-        return self._backend.name
+    def _make_dealer(self, backend: Any) -> Dealer:
+        keys = [hash_key("domain", self.data_seed, domain) for domain in self.domains]
+        sizes, pools = list(self.num_sequences.values()), list(self._pools.values())
+        return Dealer(
+            [
+                order_table([weights.get(name, 0) for name in self.domains], sizes, pools, keys)
+                for _, weights in self._segments
+            ],
+            [step for step, _ in self._segments],
+            batch_size=self.batch_size,
+            step_key=hash_key("step", self.data_seed),
+            backend=backend,
+        )
+
+    def copy(self) -> Self:
+        """Return a sampler of the same stream, for another thread: samplers are not shared."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__, _dealer=self._dealer.copy())
+        return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle what makes the stream, for the workers of a data loader; they map the shards."""
+        shards, chosen = self._source
+        options: dict[str, Any] = {
+            **chosen,
+            "seq_len": self.seq_len,
+            "batch_size": self.batch_size,
+            "data_seed": self.data_seed,
+            "split": self.split,
+        }
+        schedule = [
+            (step, {name: weight / WEIGHT_SUM for name, weight in weights.items()})
+            for step, weights in self._segments
+        ]
+        return _rebuilt, (type(self), shards, schedule, options)
 
     @property
     def weights(self) -> dict[str, int]:
-        """The weights as dealt: integers that sum to 2^50, positive ones only."""
-        return dict(self._weights)
+        """The weights as dealt at step 0: integers that sum to 2^50, positive ones only."""
+        return dict(self._segments[0][1])
 
-    def batch(self, step: int, out: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
-        """Return the tokens of a step, int64 [B, T+1]; written into `out` where it is given."""
-        shape = (self.batch_size, self.seq_len + 1)
+    @property
+    def segments(self) -> tuple[tuple[int, dict[str, int]], ...]:
+        """The weights as dealt, from which step on."""
+        return tuple((step, dict(weights)) for step, weights in self._segments)
+
+    def batch(
+        self,
+        step: int,
+        out: Batch | None = None,
+        *,
+        dtype: Any = np.int64,
+        rows: tuple[int, int] | None = None,
+    ) -> Batch:
+        """Return the tokens of a step, [B, T+1]; written into `out` where it is given.
+
+        `rows` = (first, last + 1) are the rows of one rank, all where it is None: the batch of a
+        step is the same whoever asks for which part. `dtype`, or that of `out`, is int64, int32, or
+        uint16 where the corpus stores that.
+        """
         if out is None:
-            out = np.empty(shape, dtype=np.int64)
-        elif out.shape != shape or out.dtype != np.int64 or not out.flags.c_contiguous:
-            raise ValueError(f"out must be a contiguous int64 array of shape {shape}")
-        self._order(step)
-        self._gather.fill(self._last_domains, self._last_sequences, out)
+            out = np.empty(self.batch_shape(rows), dtype=dtype)
+        self.check_out(out, rows)
+        self._dealer.order(step)
+        domains, sequences = self._dealer.domains, self._dealer.sequences
+        if rows is not None:
+            domains, sequences = domains[rows[0] : rows[1]], sequences[rows[0] : rows[1]]
+        self.gather.fill(self._slots, domains, sequences, self.seq_len, out)
         return out
+
+    def batch_shape(self, rows: tuple[int, int] | None = None) -> tuple[int, ...]:
+        """Return the shape of a batch; `ConfigError` for rows that it does not have."""
+        first, last = rows or (0, self.batch_size)
+        if not 0 <= first < last <= self.batch_size:
+            raise ConfigError(
+                f"rows {first} to {last} of a batch of {self.batch_size}",
+                cure="Give the first row and the one after the last",
+            )
+        return (last - first, self.seq_len + 1)
+
+    def check_out(self, out: Batch, rows: tuple[int, int] | None = None) -> None:
+        """Raise `ValueError` where a batch cannot be written into `out`."""
+        shape = self.batch_shape(rows)
+        if out.shape != shape or not out.flags.c_contiguous or not out.flags.writeable:
+            raise ValueError(f"out must be a contiguous array of shape {shape}")
+        if out.dtype not in _DTYPES:
+            raise ValueError(f"out is of type {out.dtype}: use int64, int32 or uint16")
+        if out.dtype == np.uint16 and self._wide:
+            raise ValueError("these shards store uint32 tokens, which uint16 cannot hold")
+
+    def ring_member(self, step: int) -> tuple[Any, ...]:
+        """Return what the C++ ring needs to deal this stream from `step` on."""
+        dealer = self._dealer
+        dealing, sequence = dealer.dealing(step)
+        segments = [
+            (dealer.first_steps[number], dealer.tables[number], dealer.fresh(number))
+            for number in range(dealer.segment(step), len(dealer.tables))
+        ]
+        return segments, dealing, sequence, dealer.step_key, self._slots
 
     def ids(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return, in batch order, the index into `domains` and the sequence within it, [B] each."""
-        self._order(step)
-        return self._last_domains.copy(), self._last_sequences.copy()
+        self._dealer.order(step)
+        return self._dealer.domains.copy(), self._dealer.sequences.copy()
 
     def counts(self, step: int) -> dict[str, int]:
         """Return the sequences dealt of each domain before `step`."""
-        self._seek(step)
-        return dict(zip(self.domains, self._dealing[COUNT].tolist(), strict=True))
+        counts, _ = self._dealer.counts(step)
+        return dict(zip(self.domains, counts.tolist(), strict=True))
 
     def state(self, step: int) -> dict[str, Any]:
-        """Return what a checkpoint at the start of `step` keeps: plain JSON values."""
-        return {**self._identity(), "step": operator.index(step), "counts": self.counts(step)}
+        """Return what a checkpoint at the start of `step` keeps: plain JSON values.
+
+        It tells the steps before `step` only, so a run may go on from it in another way.
+        """
+        identity = self._identity(operator.index(step))
+        counts, begun = self._dealer.counts(step)
+        for name, values in (("counts", counts), ("begun", begun)):
+            named = dict(zip(self.domains, values.tolist(), strict=True))
+            identity[name] = {domain: named[domain] for domain in identity["num_sequences"]}
+        return {**identity, "step": operator.index(step)}
 
     def restore(self, state: Mapping[str, Any]) -> int:
         """Take up a run at the step of `state`, without replay, and return that step.
 
+        The steps before it must be those of this sampler; the segments after it may be others.
         Raises `MixtureError` where the state belongs to another order.
         """
-        for name, ours in self._identity().items():
+        step = state.get("step")
+        if type(step) is not int or step < 0:
+            raise MixtureError(
+                f"The data order was saved for step {step!r}",
+                cure="The checkpoint is damaged: resume from an earlier one",
+            )
+        identity = self._identity(step)
+        for name, ours in identity.items():
             if state.get(name) != ours:
                 raise MixtureError(
                     f"The saved data order differs in '{name}': saved {state.get(name)!r}, "
                     f"now {ours!r}",
                     cure="Resume with the shards, mixture and settings of the run that was saved",
                 )
-        step = state.get("step")
-        counts = _saved_counts(state.get("counts"), self._weights, step, self.batch_size)
-        if counts is None or not isinstance(step, int):
+        counts: Any = state.get("counts")
+        begun: Any = state.get("begun")
+        if not _fit(counts, begun, identity["segments"], step, self.batch_size):
             raise MixtureError(
-                f"The counts saved for step {step!r} do not belong to this mixture",
+                f"The counts saved for step {step} do not belong to this mixture",
                 cure="The checkpoint is damaged: resume from an earlier one",
             )
-        self._set(step, counts)
-        self._remember(step, counts)
+        self._dealer.restore(step, self._array(counts), self._array(begun))
         return step
 
     def plan(self, num_steps: int, *, max_epochs: float | None = None) -> dict[str, DomainPlan]:
@@ -190,68 +277,27 @@ class MixtureSampler:
                 )
         return plans
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self, step: int) -> dict[str, Any]:
+        """Return all that the steps before `step` depend on."""
+        past: list[list[Any]] = [
+            [first, dict(weights)]
+            for first, weights in self._segments
+            if first < step or first == 0
+        ]
+        dealt = sorted({domain for _, weights in past for domain in weights})
         return {
             "order_version": ORDER_VERSION,
             "data_seed": self.data_seed,
             "split": self.split,
             "seq_len": self.seq_len,
             "batch_size": self.batch_size,
-            "weights": dict(self._weights),
-            "num_sequences": dict(self.num_sequences),
-            "pool": dict(self._pools),
+            "segments": past,
+            "num_sequences": {domain: self.num_sequences[domain] for domain in dealt},
+            "pool": {domain: self._pools[domain] for domain in dealt},
         }
 
-    def _order(self, step: int) -> None:
-        """Put the ids of `step` into the last ids, and the dealing behind it."""
-        step = operator.index(step)  # a NumPy integer would overflow in the key
-        if step == self._last_step:
-            return
-        self._seek(step)
-        self._last_step = None  # a failure below must not leave half-written ids under a step
-        first = step * self.batch_size + 1
-        key = mix_key(self._step_key, step)
-        self._backend.order(
-            self._table, self._dealing, first, key, self._last_domains, self._last_sequences
-        )
-        self._last_step = step
-        self._position = step + 1
-        self._snapshot()
-
-    def _seek(self, step: int) -> None:
-        """Put the dealing at the start of `step`, by replay from the nearest place before it."""
-        step = operator.index(step)
-        if step == self._position:
-            return
-        if step < 0:
-            raise ConfigError(f"step is {step}", cure="Steps count from 0")
-        nearest_snapshot = bisect.bisect_right(self._snapshot_steps, step) - 1
-        snapshot_step = self._snapshot_steps[nearest_snapshot] if nearest_snapshot >= 0 else 0
-        if not snapshot_step <= self._position <= step:
-            start = (0,) * len(self.domains)
-            counts = self._snapshots[nearest_snapshot] if nearest_snapshot >= 0 else start
-            self._set(snapshot_step, counts)
-        while self._position < step:
-            ahead = min(step, self._position - self._position % SNAPSHOT_STEPS + SNAPSHOT_STEPS)
-            first = self._position * self.batch_size + 1
-            num = (ahead - self._position) * self.batch_size
-            self._backend.advance(self._table, self._dealing, first, num)
-            self._position = ahead
-            self._snapshot()
-
-    def _set(self, step: int, counts: Sequence[int]) -> None:
-        self._position = step
-        self._dealing: NDArray[np.int64] = start_dealing(self._table, counts)
-
-    def _snapshot(self) -> None:
-        if self._position % SNAPSHOT_STEPS == 0:
-            self._remember(self._position, tuple(self._dealing[COUNT].tolist()))
-
-    def _remember(self, step: int, counts: tuple[int, ...]) -> None:
-        place = bisect.bisect_left(self._snapshot_steps, step)
-        if place == len(self._snapshot_steps) or self._snapshot_steps[place] != step:
-            self._snapshot_steps.insert(place, step)
-            self._snapshots.insert(place, counts)
+    def _array(self, named: Mapping[str, int]) -> NDArray[np.int64]:
+        return np.array([named.get(domain, 0) for domain in self.domains], dtype=np.int64)
 
 
 class StackSampler:
@@ -269,21 +315,62 @@ class StackSampler:
         self.samplers = tuple(samplers)
         self.batch_size, self.seq_len = shapes.pop()
 
-    def batch(self, step: int, out: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
-        """Return the tokens of a step, int64 [P, B, T+1]; written into `out` where it is given."""
-        shape = (len(self.samplers), self.batch_size, self.seq_len + 1)
+    def batch(
+        self,
+        step: int,
+        out: Batch | None = None,
+        *,
+        dtype: Any = np.int64,
+        rows: tuple[int, int] | None = None,
+    ) -> Batch:
+        """Return the tokens of a step, [P, B, T+1]; see `MixtureSampler.batch`."""
         if out is None:
-            out = np.empty(shape, dtype=np.int64)
-        elif out.shape != shape:
-            raise ValueError(f"out must be a contiguous int64 array of shape {shape}")
-        for sampler, rows in zip(self.samplers, out, strict=True):
-            sampler.batch(step, out=rows)
+            out = np.empty(self.batch_shape(rows), dtype=dtype)
+        self.check_out(out, rows)
+        for sampler, part in zip(self.samplers, out, strict=True):
+            sampler.batch(step, out=part, rows=rows)
         return out
+
+    def batch_shape(self, rows: tuple[int, int] | None = None) -> tuple[int, ...]:
+        """Return the shape of a batch; `ConfigError` for rows that it does not have."""
+        return (len(self.samplers), *self.samplers[0].batch_shape(rows))
+
+    def check_out(self, out: Batch, rows: tuple[int, int] | None = None) -> None:
+        """Raise `ValueError` where a batch cannot be written into `out`."""
+        shape = self.batch_shape(rows)
+        if out.shape != shape or not out.flags.c_contiguous:
+            raise ValueError(f"out must be a contiguous array of shape {shape}")
+        for sampler, part in zip(self.samplers, out, strict=True):
+            sampler.check_out(part, rows)
+
+    def copy(self) -> Self:
+        """Return a stack of the same streams, for another thread."""
+        return type(self)([sampler.copy() for sampler in self.samplers])
+
+
+def _rebuilt(
+    kind: type[MixtureSampler], shards: Shards, schedule: Schedule, options: dict[str, Any]
+) -> MixtureSampler:
+    return kind(shards, schedule, **options)
+
+
+def _segments(mixture: Schedule) -> list[tuple[int, Mapping[str, float]]]:
+    if isinstance(mixture, Mapping):
+        return [(0, mixture)]
+    segments = [(operator.index(step), weights) for step, weights in mixture]
+    steps = [step for step, _ in segments]
+    if not steps or steps[0] != 0 or steps != sorted(set(steps)):
+        raise ConfigError(
+            f"The mixtures of a run begin at steps {steps}",
+            cure="Give (first step, mixture) pairs in order, the first at step 0",
+        )
+    return segments
 
 
 def _dealt_weights(mixture: Mapping[str, float], known: Sequence[str]) -> dict[str, int]:
+    names = frozenset(known)  # of a thousand, perhaps
     for domain in mixture:
-        if domain not in known:
+        if domain not in names:
             raise MixtureError(
                 f"The mixture names a domain that the shards do not have, '{domain}' "
                 f"({nearest(domain, known)})",
@@ -295,29 +382,19 @@ def _dealt_weights(mixture: Mapping[str, float], known: Sequence[str]) -> dict[s
         warnings.warn(
             f"The weight of {', '.join(lost)} is below 1/{WEIGHT_SUM:,} and counts as zero.",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     return {domain: integer for domain, integer in integers.items() if integer}
 
 
-def _token_arrays(
-    shards: Shards, split: str, domain: str, seq_len: int
-) -> tuple[NDArray[Any], ...]:
-    arrays = shards.arrays(split, domain)
-    tokens = sum(map(len, arrays))
+def _num_sequences(domain: str, tokens: int, seq_len: int) -> int:
     if tokens < seq_len + 1:
         raise ShardError(
             f"Domain '{domain}' has {tokens:,} tokens, fewer than one sequence of {seq_len:,} "
             "and its label",
             cure="Give it weight 0, add documents, or use shorter sequences",
         )
-    for array in arrays:
-        if array.dtype not in (np.uint16, np.uint32) or not array.flags.c_contiguous:
-            raise ShardError(
-                f"Domain '{domain}' holds tokens of type {array.dtype}",
-                cure="Pack the corpus again: tokens are contiguous uint16 or uint32",
-            )
-    return arrays
+    return (tokens - 1) // seq_len
 
 
 def _pools(
@@ -339,18 +416,22 @@ def _pools(
     return {domain: operator.index(pool.get(domain, num)) for domain, num in num_sequences.items()}
 
 
-def _saved_counts(
-    saved: object, weights: Mapping[str, int], step: object, batch_size: int
-) -> tuple[int, ...] | None:
-    """Return `saved` in the order of `weights` if it can be what is dealt at `step`."""
-    if not isinstance(step, int) or step < 0 or not isinstance(saved, Mapping):
-        return None
-    counts = tuple(saved[domain] for domain in weights if type(saved.get(domain)) is int)
-    if not len(counts) == len(weights) == len(saved):
-        return None
-    dealt = step * batch_size
-    fits = sum(counts) == dealt and all(
-        abs(count * WEIGHT_SUM - weight * dealt) < WEIGHT_SUM
-        for count, weight in zip(counts, weights.values(), strict=True)
+def _fit(counts: Any, begun: Any, segments: list[Any], step: int, batch_size: int) -> bool:
+    """Return whether these counts can be what is dealt at `step`, after the last of `segments`."""
+    domains = {domain for _, weights in segments for domain in weights}
+    for saved in (counts, begun):
+        if not isinstance(saved, Mapping) or set(saved) != domains:
+            return False
+        if not all(type(count) is int and count >= 0 for count in saved.values()):
+            return False
+    first, weights = segments[-1]
+    dealt = (step - first) * batch_size
+    return (
+        sum(counts.values()) == step * batch_size
+        and sum(begun.values()) == first * batch_size
+        and all(
+            abs((counts[domain] - begun[domain]) * WEIGHT_SUM - weights.get(domain, 0) * dealt)
+            < WEIGHT_SUM
+            for domain in domains
+        )
     )
-    return counts if fits else None

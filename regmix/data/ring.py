@@ -1,0 +1,202 @@
+"""Batches made ahead of their consumer, in buffers that go round.
+
+Enters: a sampler or a stack of them, the first and the last step. Leaves: (step, batch) in order;
+a batch lies in one of `depth` buffers and is valid until the next one is taken. The bytes are those
+of `sampler.batch(step)`, whatever the number of threads. Moves nothing to a GPU: buffers in pinned
+memory can be handed in.
+
+The threads are C++ and persistent, since starting one takes longer than making a batch; without the
+extension one Python thread fills the buffers. Data that is not in memory yet is asked of the disk
+some steps ahead, once a batch had to wait for it.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import numpy as np
+
+from regmix.data.backends import Batch, NativeBackend, load_backend
+from regmix.data.sampler import MixtureSampler, StackSampler
+from regmix.errors import ConfigError
+
+NO_STOP = 1 << 62
+# Rows whose place is known before they are gathered: enough to keep a disk busy.
+AHEAD_ROWS = 1024
+
+
+class _Core(Protocol):
+    """The ring itself: gives the slots of step after step."""
+
+    def take(self) -> int:
+        """Return the slot of the next step, -1 after the last; free the slot before."""
+
+    def close(self) -> None:
+        """Stop the threads."""
+
+    @property
+    def num_read_ahead(self) -> int:
+        """Steps whose rows were asked of the disk before they were gathered."""
+
+
+class BatchRing:
+    """Iterate over (step, batch): `with BatchRing(sampler, stop=1000) as ring`.
+
+    A batch is [B, T+1], or [P, B, T+1] for a stack, in one of `buffers`, or of `depth` buffers of
+    `dtype` made here. `rows` = (first, last + 1) are the rows of one rank, all where it is None.
+    The sampler stays free for other use. One consumer per ring. Raises `ConfigError` for a size out
+    of range, `ValueError` for a buffer that does not fit.
+    """
+
+    def __init__(
+        self,
+        stream: MixtureSampler | StackSampler,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        depth: int = 4,
+        threads: int = 1,
+        dtype: Any = np.int64,
+        rows: tuple[int, int] | None = None,
+        buffers: Sequence[Batch] | None = None,
+    ) -> None:
+        depth = depth if buffers is None else len(buffers)
+        for name, value, least in (
+            ("depth", depth, 2),
+            ("threads", threads, 1),
+            ("start", start, 0),
+        ):
+            if value < least:
+                raise ConfigError(
+                    f"the {name} of the ring is {value}", cure=f"Use at least {least}"
+                )
+        shape = stream.batch_shape(rows)
+        if buffers is None:
+            buffers = [np.empty(shape, dtype=dtype) for _ in range(depth)]
+        for buffer in buffers:
+            stream.check_out(buffer, rows)
+        self.buffers = tuple(buffers)
+        self._step = start
+        last = NO_STOP if stop is None else max(start, stop)
+        samplers = stream.samplers if isinstance(stream, StackSampler) else (stream,)
+        shared = len({id(sampler.gather) for sampler in samplers}) == 1
+        if shared and samplers[0].backend_name == "native":
+            self._core = _native_core(samplers, self.buffers, start, last, threads, rows)
+        else:
+            self._core = _ThreadCore(stream.copy(), self.buffers, start, last, rows)
+
+    def __iter__(self) -> Iterator[tuple[int, Batch]]:
+        while (slot := self._core.take()) >= 0:
+            yield self._step, self.buffers[slot]
+            self._step += 1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the threads; the batch taken last stays as it is."""
+        self._core.close()
+
+    @property
+    def num_read_ahead(self) -> int:
+        """Steps whose rows were asked of the disk before they were gathered."""
+        return self._core.num_read_ahead
+
+
+def _native_core(
+    samplers: Sequence[MixtureSampler],
+    buffers: Sequence[Batch],
+    start: int,
+    stop: int,
+    threads: int,
+    rows: tuple[int, int] | None,
+) -> _Core:
+    backend = load_backend("native")
+    if not isinstance(backend, NativeBackend):
+        raise TypeError("the native backend is not native")
+    batch_size, seq_len = samplers[0].batch_size, samplers[0].seq_len
+    first, last = rows or (0, batch_size)
+    return backend.ring(
+        gather=samplers[0].gather,
+        members=[sampler.ring_member(start) for sampler in samplers],
+        seq_len=seq_len,
+        batch_size=batch_size,
+        first_row=first,
+        num_rows=last - first,
+        start=start,
+        stop=stop,
+        ahead=-(-AHEAD_ROWS // (batch_size * len(samplers))),
+        buffers=list(buffers),
+        threads=threads,
+    )
+
+
+class _ThreadCore:
+    """The ring where there is no extension: one Python thread."""
+
+    num_read_ahead = 0
+
+    def __init__(
+        self,
+        stream: MixtureSampler | StackSampler,
+        buffers: Sequence[Batch],
+        start: int,
+        stop: int,
+        rows: tuple[int, int] | None,
+    ) -> None:
+        self._free: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._full: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
+        for slot in range(len(buffers)):
+            self._free.put(slot)
+        self._held: int | None = None
+        self._thread = threading.Thread(
+            target=self._fill, args=(stream, buffers, start, stop, rows), daemon=True
+        )
+        self._thread.start()
+
+    def _fill(
+        self,
+        stream: MixtureSampler | StackSampler,
+        buffers: Sequence[Batch],
+        start: int,
+        stop: int,
+        rows: tuple[int, int] | None,
+    ) -> None:
+        try:
+            for step in range(start, stop):
+                slot = self._free.get()
+                if slot is None:
+                    return
+                stream.batch(step, out=buffers[slot], rows=rows)
+                self._full.put(slot)
+            self._full.put(-1)
+        except BaseException as error:
+            self._full.put(error)
+
+    def take(self) -> int:
+        if self._held == -1:
+            return -1
+        if self._held is not None:
+            self._free.put(self._held)
+        taken = self._full.get()
+        if isinstance(taken, BaseException):
+            self._held = -1
+            raise taken
+        self._held = taken
+        return taken
+
+    def close(self) -> None:
+        self._free.put(None)
+        self._thread.join()
