@@ -104,8 +104,13 @@ class Ring {
         // processors are busy keeps another from working.
         const auto processors = static_cast<int>(std::thread::hardware_concurrency());
         spins_ = num_threads < processors ? kSpins : 0;
-        for (int number = 0; number < num_threads; ++number)
-            threads_.emplace_back([this, number, num_threads] { work(number, num_threads); });
+        try {
+            for (int number = 0; number < num_threads; ++number)
+                threads_.emplace_back([this, number, num_threads] { work(number, num_threads); });
+        } catch (...) {  // the system has no more threads
+            close();
+            throw;
+        }
     }
 
     Ring(const Ring&) = delete;
@@ -208,30 +213,45 @@ class Ring {
                 if (closed_.load()) return;
                 // Half of what can be known ahead at a time, so that the lock is seldom taken.
                 if (dealt_.load() <= step + shape_.ahead / 2) deal_ahead(step);
+                if (closed_.load()) return;
                 if (gather(step, page_reads_before)) cold_until_.store(step + kColdSteps);
                 complete_[static_cast<std::size_t>(step % depth_)].store(step);
                 if (step == wanted_first_.load() || step == wanted_last_.load()) ready_.open();
             }
         } catch (...) {
-            {
-                std::lock_guard lock(deal_mutex_);
-                failure_ = std::current_exception();
-            }
-            closed_.store(true);
-            ready_.open();
-            room_.open();
+            std::lock_guard lock(deal_mutex_);
+            fail(std::current_exception());
         }
+    }
+
+    // With the lock held: whoever deals next must not go on from what failed half-way.
+    void fail(std::exception_ptr failure) {
+        if (!failure_) failure_ = std::move(failure);
+        closed_.store(true);
+        ready_.open();
+        room_.open();
     }
 
     void deal_ahead(std::int64_t step) {
         std::lock_guard lock(deal_mutex_);
+        if (closed_.load()) return;
+        try {
+            deal_until(step);
+        } catch (...) {
+            fail(std::current_exception());
+        }
+    }
+
+    void deal_until(std::int64_t step) {
         const std::int64_t end = std::min(shape_.stop, step + 1 + shape_.ahead);
         std::int64_t dealt = dealt_.load();
-        for (; dealt < end; ++dealt) deal(dealt);
+        while (dealt < end) {
+            deal(dealt);
+            dealt_.store(++dealt);
+        }
         for (advised_ = std::max(advised_, step + 1);
              step < cold_until_.load() && advised_ < dealt; ++advised_)
             advise(advised_);
-        dealt_.store(dealt);
     }
 
     template <typename Each>

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -131,15 +132,14 @@ def test_transformers_measures_the_same_loss(study: Study, tmp_path: Path, name:
     shape = SHAPES[name]
     export_model(study, name.replace(" ", "-"), tmp_path / "model")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
-    generator = torch.Generator().manual_seed(1)
-    size = (5, shape.seq_len + 1)
-    tokens = torch.randint(0, shape.vocab_size, size, generator=generator)
-    mask = torch.ones(5, shape.seq_len, dtype=torch.bool)
-    mask[-1, shape.seq_len // 2 :] = False
+    num_tokens = 4 * shape.seq_len + shape.seq_len // 2 + 1
+    stream = np.random.default_rng(1).integers(0, shape.vocab_size, num_tokens)
+    windows = Windows([stream], np.arange(5) * shape.seq_len, shape.seq_len)
+    ((batch, inside),) = windows.batches(5)
+    tokens, mask = torch.from_numpy(batch), torch.from_numpy(inside)
     with torch.no_grad():
         logits = theirs(tokens[:, :-1]).logits[mask]
     loss = torch.nn.functional.cross_entropy(logits, tokens[:, 1:][mask])
-    windows = Windows(tokens=tokens.numpy(), mask=mask.numpy())
     (ours,) = mean_losses(StackedLlama(shape), random_parameters(shape), windows)
     assert ours == pytest.approx(float(loss), rel=1e-5)
 

@@ -28,17 +28,22 @@ class OneSet:
 def test_every_token_but_the_first_is_predicted_exactly_once(length: int) -> None:
     tokens = np.arange(length, dtype=np.uint16)
     windows = read_windows(OneSet(tokens), "web", seq_len=16)  # type: ignore[arg-type]
-    predicted = windows.tokens[:, 1:][windows.mask]
-    np.testing.assert_array_equal(predicted, tokens[1:])
-    np.testing.assert_array_equal(windows.tokens[:, :-1][windows.mask], tokens[:-1])
+    for batch_size in (1, 2, 100):
+        batches = list(windows.batches(batch_size))
+        predicted = np.concatenate([batch[:, 1:][mask] for batch, mask in batches])
+        context = np.concatenate([batch[:, :-1][mask] for batch, mask in batches])
+        np.testing.assert_array_equal(predicted, tokens[1:])
+        np.testing.assert_array_equal(context, tokens[:-1])
     assert windows.num_tokens == length - 1
 
 
 def test_a_limit_keeps_evenly_spaced_whole_windows() -> None:
     tokens = np.arange(1001, dtype=np.uint16)
     windows = read_windows(OneSet(tokens), "web", seq_len=10, max_tokens=200)  # type: ignore[arg-type]
-    assert windows.mask.all()
-    np.testing.assert_array_equal(windows.tokens[:, 0], np.arange(20) * 50)
+    ((batch, mask),) = windows.batches(20)
+    assert mask.all()
+    np.testing.assert_array_equal(batch[:, 0], np.arange(20) * 50)
+    assert windows.num_tokens == 200
 
 
 def test_a_limit_above_the_set_reads_all_of_it() -> None:

@@ -75,6 +75,8 @@ def _deal_one(table: Any, dealing: Any, now: int) -> int:
             best < 0 or dealing[DEADLINE, d] < dealing[DEADLINE, best]
         ):
             best = d
+    if best < 0:
+        raise ValueError("no domain is released: the dealing does not fit `first`")
     weight, period, remainder = table[WEIGHT, best], table[PERIOD, best], table[REMAINDER, best]
     dealing[COUNT, best] += 1
     for time, slack in ((RELEASE, RELEASE_SLACK), (DEADLINE, DEADLINE_SLACK)):

@@ -93,8 +93,9 @@ class Dealer:
     def dealing(self, step: int) -> tuple[NDArray[np.int64], int]:
         """Return the dealing [5, D] at the start of `step`, and its first sequence's number."""
         self._seek(operator.index(step))
-        self._begin_due_segment()
-        return self._dealing.copy(), self._next_sequence()
+        twin = self.copy()  # this one stays in the segment of the steps before
+        twin._begin_due_segment()
+        return twin._dealing, twin._next_sequence()
 
     def fresh(self, segment: int) -> NDArray[np.int64]:
         """Return the dealing [5, D] that begins a segment; its counts are to be set."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -48,7 +49,8 @@ class BatchRing:
 
     A batch is [B, T+1], or [P, B, T+1] for a stack, in one of `buffers`, or of `depth` buffers of
     `dtype` made here. `rows` = (first, last + 1) are the rows of one rank, all where it is None.
-    The sampler stays free for other use. One consumer per ring. Raises `ConfigError` for a size out
+    `read_ahead` asks the disk for rows before they are gathered, where one had to wait for it. The
+    sampler stays free for other use. One consumer per ring. Raises `ConfigError` for a size out
     of range, `ValueError` for a buffer that does not fit.
     """
 
@@ -63,6 +65,7 @@ class BatchRing:
         dtype: Any = np.int64,
         rows: tuple[int, int] | None = None,
         buffers: Sequence[Batch] | None = None,
+        read_ahead: bool = True,
     ) -> None:
         depth = depth if buffers is None else len(buffers)
         for name, value, least in (
@@ -85,14 +88,16 @@ class BatchRing:
         samplers = stream.samplers if isinstance(stream, StackSampler) else (stream,)
         shared = len({id(sampler.gather) for sampler in samplers}) == 1
         if shared and samplers[0].backend_name == "native":
-            self._core = _native_core(samplers, self.buffers, start, last, threads, rows)
+            ahead = AHEAD_ROWS if read_ahead else 0
+            self._core = _native_core(samplers, self.buffers, start, last, threads, rows, ahead)
         else:
             self._core = _ThreadCore(stream.copy(), self.buffers, start, last, rows)
 
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
         while (slot := self._core.take()) >= 0:
-            yield self._step, self.buffers[slot]
+            step = self._step  # a consumer may leave the loop here and come back
             self._step += 1
+            yield step, self.buffers[slot]
 
     def __enter__(self) -> Self:
         return self
@@ -122,6 +127,7 @@ def _native_core(
     stop: int,
     threads: int,
     rows: tuple[int, int] | None,
+    ahead_rows: int,
 ) -> _Core:
     backend = load_backend("native")
     if not isinstance(backend, NativeBackend):
@@ -137,7 +143,7 @@ def _native_core(
         num_rows=last - first,
         start=start,
         stop=stop,
-        ahead=-(-AHEAD_ROWS // (batch_size * len(samplers))),
+        ahead=-(-ahead_rows // (batch_size * len(samplers))),
         buffers=list(buffers),
         threads=threads,
     )
@@ -161,42 +167,51 @@ class _ThreadCore:
         for slot in range(len(buffers)):
             self._free.put(slot)
         self._held: int | None = None
+        self._ended = self._closed = False
+        # Nothing of `self`, so that a ring that is dropped can end its thread.
         self._thread = threading.Thread(
-            target=self._fill, args=(stream, buffers, start, stop, rows), daemon=True
+            target=_fill,
+            args=(stream, buffers, range(start, stop), rows, self._free, self._full),
+            daemon=True,
         )
         self._thread.start()
-
-    def _fill(
-        self,
-        stream: MixtureSampler | StackSampler,
-        buffers: Sequence[Batch],
-        start: int,
-        stop: int,
-        rows: tuple[int, int] | None,
-    ) -> None:
-        try:
-            for step in range(start, stop):
-                slot = self._free.get()
-                if slot is None:
-                    return
-                stream.batch(step, out=buffers[slot], rows=rows)
-                self._full.put(slot)
-            self._full.put(-1)
-        except BaseException as error:
-            self._full.put(error)
+        weakref.finalize(self, self._free.put, None)
 
     def take(self) -> int:
-        if self._held == -1:
+        if self._closed:
+            raise RuntimeError("the ring is closed")
+        if self._ended:
             return -1
         if self._held is not None:
             self._free.put(self._held)
         taken = self._full.get()
+        self._ended = taken == -1 or isinstance(taken, BaseException)
         if isinstance(taken, BaseException):
-            self._held = -1
             raise taken
         self._held = taken
         return taken
 
     def close(self) -> None:
+        self._closed = True
         self._free.put(None)
         self._thread.join()
+
+
+def _fill(
+    stream: MixtureSampler | StackSampler,
+    buffers: Sequence[Batch],
+    steps: range,
+    rows: tuple[int, int] | None,
+    free: queue.SimpleQueue[int | None],
+    full: queue.SimpleQueue[int | BaseException],
+) -> None:
+    try:
+        for step in steps:
+            slot = free.get()
+            if slot is None:
+                return
+            stream.batch(step, out=buffers[slot], rows=rows)
+            full.put(slot)
+        full.put(-1)
+    except BaseException as error:
+        full.put(error)

@@ -5,8 +5,9 @@ a step, for `DataLoader(dataset, batch_size=None)`, torchdata's `StatefulDataLoa
 loop. Collates nothing and shuffles nothing: the order is the sampler's, with any number of workers.
 
 With W workers, worker w makes every W-th step from `start` + w on; a loader takes from them by
-turns, so the order of the steps is that of one process. Workers cost more than they give unless
-the trainer's own process has no time: see `BatchRing` for threads.
+turns, so the order of the steps is that of one process. With workers only a `StatefulDataLoader`
+knows the place; who drives a plain `DataLoader` knows the step, and so `sampler.state(step)`.
+Workers cost more than they give unless the trainer's own process has no time: see `BatchRing`.
 """
 
 from __future__ import annotations

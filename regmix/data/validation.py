@@ -1,13 +1,13 @@
 """Validation sets as windows: the same tokens for every model.
 
 Enters: a corpus of shards, a target and a window length T. Leaves: non-overlapping windows in
-file order, the last partial one masked; where only some are wanted, evenly spaced ones.
-Computes no loss.
+file order, the last partial one masked; where only some are wanted, evenly spaced ones. They are
+read batch by batch, so a set may be larger than memory. Computes no loss.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,17 +18,40 @@ if TYPE_CHECKING:
     from regmix.data.shards import ShardSet
 
 
-@dataclass(frozen=True)
 class Windows:
-    """tokens [N, T+1] int64 and mask [N, T] bool: which of the T predictions count."""
+    """Windows of `seq_len` predictions over the token arrays `files`; made by `read_windows`."""
 
-    tokens: np.ndarray
-    mask: np.ndarray
+    def __init__(self, files: Sequence[np.ndarray], starts: np.ndarray, seq_len: int) -> None:
+        self._files, self._starts, self._seq_len = tuple(files), starts, seq_len
+        self._ends = np.cumsum([len(file) for file in files])
+        inside = np.minimum(int(self._ends[-1]) - 1 - starts, seq_len)
+        self.num_tokens = int(inside.sum())  # predictions that count
 
-    @property
-    def num_tokens(self) -> int:
-        """Predictions that count."""
-        return int(self.mask.sum())
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def batches(self, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield tokens [B, T+1] int64 and mask [B, T] bool: which of the T predictions count."""
+        for first in range(0, len(self._starts), batch_size):
+            starts = self._starts[first : first + batch_size]
+            tokens = np.zeros((len(starts), self._seq_len + 1), dtype=np.int64)
+            mask = np.zeros((len(starts), self._seq_len), dtype=bool)
+            for row, start in enumerate(starts.tolist()):
+                mask[row, : self._read(start, tokens[row]) - 1] = True
+            yield tokens, mask
+
+    def _read(self, start: int, out: np.ndarray) -> int:
+        """Copy the tokens from `start` on into `out`; return how many there are."""
+        done = 0
+        file = int(np.searchsorted(self._ends, start, side="right"))
+        while done < len(out) and file < len(self._files):
+            tokens = self._files[file]
+            offset = start + done - (int(self._ends[file]) - len(tokens))
+            part = tokens[offset : offset + len(out) - done]
+            out[done : done + len(part)] = part
+            done += len(part)
+            file += 1
+        return done
 
 
 def read_windows(
@@ -39,23 +62,18 @@ def read_windows(
     Window k predicts tokens kT+1 .. kT+T from those before them, so every token but the first is
     predicted exactly once. With `max_tokens`, the windows that are kept lie evenly over the set.
     """
-    tokens = np.concatenate([np.asarray(part) for part in shards.arrays("valid", target)])
-    num_predictions = len(tokens) - 1
+    files = shards.arrays("valid", target)
+    num_tokens = sum(map(len, files))
+    num_predictions = num_tokens - 1
     if num_predictions < 1:
         raise ShardError(
-            f"{shards.path}: validation set '{target}' has {len(tokens)} tokens",
+            f"{shards.path}: validation set '{target}' has {num_tokens} tokens",
             cure="Pack more validation text for it, for example with a larger --valid-fraction",
         )
-    num_windows = -(-num_predictions // seq_len)
-    chosen = np.arange(num_windows)
+    chosen = np.arange(-(-num_predictions // seq_len))
     if max_tokens is not None and max_tokens < num_predictions:
         num_kept = max(1, max_tokens // seq_len)
         # Whole windows only: the partial last one is left to complete evaluations.
         whole = max(1, num_predictions // seq_len)
         chosen = np.unique(np.arange(num_kept) * whole // num_kept)
-    starts = chosen * seq_len
-    positions = starts[:, None] + np.arange(seq_len + 1)[None, :]
-    inside = positions < len(tokens)
-    return Windows(
-        tokens=tokens[np.where(inside, positions, 0)].astype(np.int64), mask=inside[:, 1:]
-    )
+    return Windows(files, chosen * seq_len, seq_len)

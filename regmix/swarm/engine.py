@@ -251,10 +251,8 @@ class StackTrainer:
 def mean_losses(model: StackedLlama, parameters: dict[str, Tensor], windows: Windows) -> np.ndarray:
     """Return each member's mean loss over the windows [P], float64 nats per token."""
     total: Tensor | float = 0.0
-    for start in range(0, len(windows.tokens), EVAL_SEQUENCES):
-        rows = slice(start, start + EVAL_SEQUENCES)
-        tokens_BT1 = torch.from_numpy(windows.tokens[rows])
-        mask_BT = torch.from_numpy(windows.mask[rows])
+    for tokens, mask in windows.batches(EVAL_SEQUENCES):
+        tokens_BT1, mask_BT = torch.from_numpy(tokens), torch.from_numpy(mask)
         total = total + model.evaluate(parameters, tokens_BT1, mask_BT)
     assert isinstance(total, Tensor)
     return (total / windows.num_tokens).numpy()
