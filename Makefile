@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNTIME := $(VENV)/.installed-runtime
 TEST := $(VENV)/.installed-test
-SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.*pp)
 
 # Not compiled to bytecode at install: most of torch is never imported, and the rest is at first use.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile -c constraints.txt $(PIP_OPTIONS)
@@ -17,14 +17,15 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 BUILD_NEEDS := import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['build-system']['requires'], sep='\n')
 
 .DELETE_ON_ERROR:
-.PHONY: help env demo test lint clean
+.PHONY: help env demo test lint sanitize clean
 
 help:
-	@echo "make demo   environment, build, and the whole pipeline on text found on this machine"
-	@echo "make test   environment with the test tools, lint, tests"
-	@echo "make env    the environment with the test tools, in $(VENV)"
-	@echo "make lint   ruff and mypy"
-	@echo "make clean  remove what the build wrote, but not $(VENV)"
+	@echo "make demo      environment, build, and the whole pipeline on text found on this machine"
+	@echo "make test      environment with the test tools, lint, tests"
+	@echo "make env       the environment with the test tools, in $(VENV)"
+	@echo "make lint      ruff and mypy"
+	@echo "make sanitize  the C++ core under the sanitizers for memory and threads (part of make test)"
+	@echo "make clean     remove what the build wrote, but not $(VENV)"
 
 env: $(TEST)
 
@@ -40,6 +41,9 @@ lint: $(TEST)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+
+sanitize: $(TEST)
+	$(BIN)/python -m pytest tests/test_native.py
 
 clean:
 	rm -rf build dist *.egg-info regmix/*.so regmix/*.pyd

@@ -133,7 +133,7 @@ class Ring {
          std::int64_t batch_size, std::int64_t first_row, std::int64_t num_rows,
          std::int64_t start, std::int64_t stop, std::int64_t ahead,
          std::vector<py::array> buffers, int threads, py::object owner)
-        : buffers_(std::move(buffers)), owner_(std::move(owner)) {
+        : buffers_(std::move(buffers)), owner_(std::move(owner)), step_(start) {
         if (seq_len < 1 || batch_size < 1 || first_row < 0 || num_rows < 1 ||
             first_row + num_rows > batch_size || start < 0 || stop < start || ahead < 0 ||
             threads < 1 || members.empty() || buffers_.empty())
@@ -157,9 +157,14 @@ class Ring {
         });
     }
 
-    std::int64_t take() {
-        py::gil_scoped_release unlocked;
-        return std::visit([](auto& ring) { return ring->take(); }, core_);
+    py::tuple next() {
+        std::int64_t slot;
+        {
+            py::gil_scoped_release unlocked;
+            slot = std::visit([](auto& ring) { return ring->take(); }, core_);
+        }
+        if (slot < 0) throw py::stop_iteration();
+        return py::make_tuple(step_++, buffers_[static_cast<std::size_t>(slot)]);
     }
 
     std::int64_t num_read_ahead() const {
@@ -174,6 +179,7 @@ class Ring {
   private:
     std::vector<py::array> buffers_;
     py::object owner_;  // of the tokens
+    std::int64_t step_;
     std::variant<std::unique_ptr<regmix::Ring<std::int64_t>>,
                  std::unique_ptr<regmix::Ring<std::int32_t>>,
                  std::unique_ptr<regmix::Ring<std::uint16_t>>>
@@ -213,7 +219,8 @@ PYBIND11_MODULE(_sampler, module) {
              py::kw_only(), py::arg("gather"), py::arg("members"), py::arg("seq_len"),
              py::arg("batch_size"), py::arg("first_row"), py::arg("num_rows"), py::arg("start"),
              py::arg("stop"), py::arg("ahead"), py::arg("buffers"), py::arg("threads"))
-        .def("take", &Ring::take)
+        .def("__iter__", [](py::object ring) { return ring; })
+        .def("__next__", &Ring::next)
         .def("close", &Ring::close)
         .def_property_readonly("num_read_ahead", &Ring::num_read_ahead);
 }

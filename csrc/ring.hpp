@@ -92,14 +92,13 @@ class Ring {
         : gatherer_(std::move(gatherer)), members_(std::move(members)), shape_(shape),
           buffers_(std::move(buffers)), depth_(static_cast<std::int64_t>(buffers_.size())),
           plans_(static_cast<std::size_t>(depth_ + shape.ahead)), complete_(buffers_.size()),
-          dealt_(shape.start), taken_(shape.start) {
+          taken_(shape.start), dealt_(shape.start) {
         if (depth_ < 2) throw std::invalid_argument("a ring has at least two slots");
         const std::size_t rows = members_.size() * static_cast<std::size_t>(shape_.batch_size);
         for (Plan& plan : plans_) {
             plan.domains.resize(rows);
             plan.sequences.resize(rows);
         }
-        for (auto& step : complete_) step.store(-1);
         // Waking a thread takes longer than making a small batch, but a thread that spins where all
         // processors are busy keeps another from working.
         const auto processors = static_cast<int>(std::thread::hardware_concurrency());
@@ -157,6 +156,11 @@ class Ring {
     }
 
   private:
+    // Alone on its line: whoever writes another does not make this one's readers wait.
+    struct alignas(kLineBytes) OwnLine {
+        std::atomic<std::int64_t> value{-1};
+    };
+
     struct Plan {
         std::vector<std::int64_t> domains, sequences;  // [P x B]
     };
@@ -167,7 +171,7 @@ class Ring {
     static constexpr std::int64_t kColdSteps = 256;
 
     bool is_complete(std::int64_t step) const {
-        return complete_[static_cast<std::size_t>(step % depth_)].load() == step;
+        return complete_[static_cast<std::size_t>(step % depth_)].value.load() == step;
     }
 
     Plan& plan(std::int64_t step) {
@@ -215,7 +219,7 @@ class Ring {
                 if (dealt_.load() <= step + shape_.ahead / 2) deal_ahead(step);
                 if (closed_.load()) return;
                 if (gather(step, page_reads_before)) cold_until_.store(step + kColdSteps);
-                complete_[static_cast<std::size_t>(step % depth_)].store(step);
+                complete_[static_cast<std::size_t>(step % depth_)].value.store(step);
                 if (step == wanted_first_.load() || step == wanted_last_.load()) ready_.open();
             }
         } catch (...) {
@@ -307,15 +311,21 @@ class Ring {
     std::vector<Out*> buffers_;
     const std::int64_t depth_;
     std::vector<Plan> plans_;
-    std::vector<std::atomic<std::int64_t>> complete_;  // per slot, the step it holds
+    std::vector<OwnLine> complete_;  // per slot, the step it holds
 
-    Gate room_, ready_;
-    std::atomic<std::int64_t> dealt_, taken_;  // the first step not dealt, not given back
+    int spins_ = 0;
+    alignas(kLineBytes) Gate room_;
+    alignas(kLineBytes) Gate ready_;
+
+    // Written by the consumer: the first step not given back, and those it waits for.
+    alignas(kLineBytes) std::atomic<std::int64_t> taken_;
     std::atomic<std::int64_t> wanted_first_{-1}, wanted_last_{-1};
+    bool held_ = false;
+
+    // Written by the threads: the first step not dealt, and how long to read ahead.
+    alignas(kLineBytes) std::atomic<std::int64_t> dealt_;
     std::atomic<std::int64_t> cold_until_{0}, num_read_ahead_{0};
     std::atomic<bool> closed_{false};
-    bool held_ = false;
-    int spins_ = 0;
 
     std::mutex deal_mutex_;  // of the members, the plans not dealt, and these two
     std::int64_t advised_ = 0;

@@ -15,12 +15,12 @@ import zstandard
 from regmix.data.corpus import (
     Source,
     Tally,
-    _chunks,
     choose_sides,
     find_sources,
     read_documents,
     side_of,
 )
+from regmix.data.readers import Meter, _chunks
 from regmix.errors import ConfigError, CorpusError, StorageError
 
 TEXTS = ["first\nwith lines", "zweites Dokument: äöü", "3 \U0001f600", "  kept as it is \r\n"]
@@ -169,6 +169,33 @@ def test_parquet_rows_without_text_are_malformed(tmp_path: Path) -> None:
     assert "web.parquet, line 2:" in tally.examples[0]
 
 
+@pytest.mark.parametrize("kind", ["large_string", "dictionary", "sliced"])
+def test_parquet_columns_of_any_string_type_give_the_same_texts(tmp_path: Path, kind: str) -> None:
+    texts = [*TEXTS, None, "", "last"]
+    column = pyarrow.array(texts, pyarrow.large_string() if kind == "large_string" else None)
+    if kind == "dictionary":
+        column = column.dictionary_encode()
+    if kind == "sliced":
+        column = pyarrow.array(["before", *texts, "after"]).slice(1, len(texts))
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "web.parquet")
+    found, tally = read(tmp_path / "web.parquet")
+    assert found == [*TEXTS, "last"]
+    assert (tally.malformed, tally.empty) == (1, 1)
+    assert "line 5: field 'text' is empty (null), not a string" in tally.examples[0]
+
+
+def test_parquet_bytes_are_no_text_and_text_that_is_not_utf8_is_malformed(tmp_path: Path) -> None:
+    raw = pyarrow.array([b"ok", b"caf\xe9"])
+    pyarrow.parquet.write_table(pyarrow.table({"text": raw}), tmp_path / "bytes.parquet")
+    _, tally = read(tmp_path / "bytes.parquet")
+    assert "a bytes, not a string" in tally.examples[0]
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 2, raw.buffers())
+    pyarrow.parquet.write_table(pyarrow.table({"text": text}), tmp_path / "web.parquet")
+    found, tally = read(tmp_path / "web.parquet")
+    assert found == ["ok"]
+    assert "line 2: not UTF-8" in tally.examples[0]
+
+
 def test_a_missing_parquet_column_is_an_error_that_lists_the_columns(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "web.parquet")
     with pytest.raises(CorpusError, match=r"no column 'text' \(columns: body\).*--text-field"):
@@ -275,7 +302,7 @@ def test_a_file_that_grows_a_thousandfold_is_decompressed_in_bounded_steps(
     tmp_path: Path, ending: str, compress: Callable[[bytes], bytes]
 ) -> None:
     path = put(tmp_path / f"book.txt{ending}", compress(bytes(64 << 20)))
-    sizes = [len(chunk) for chunk in _chunks(find_sources([path]).files[0], Tally())]
+    sizes = [len(chunk) for chunk in _chunks(find_sources([path]).files[0], Meter())]
     assert sum(sizes) == 64 << 20
     assert max(sizes) <= 32 << 20
 

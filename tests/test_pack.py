@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import gzip
 import json
-import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,34 +17,16 @@ import pytest
 import tokenizers
 import zstandard
 from click.testing import CliRunner
+from pack_corpora import content, lines, put, texts
 
 from regmix.cli.pack import command
-from regmix.data import batches, domains, writer
 from regmix.data import pack as pack_module
+from regmix.data import pack_plan, readers, writer
 from regmix.data.corpus import Tally, find_sources, read_documents, side_of
 from regmix.data.pack import pack
 from regmix.data.shards import ShardSet
 from regmix.data.tokenizer import LARGEST_BPE, SMALLEST_BPE
 from regmix.errors import ConfigError, CorpusError, ShardError, StorageError, TokenizerError
-
-WORDS = ["time", "person", "year", "way", "day", "thing", "world", "life", "hand", "part", "eye"]
-
-
-def texts(seed: str, num: int) -> list[str]:
-    draw = random.Random(seed)
-    return [
-        f"{seed} {number}: " + " ".join(draw.choices(WORDS, k=draw.randint(5, 60)))
-        for number in range(num)
-    ]
-
-
-def lines(rows: list[str]) -> bytes:
-    return "".join(json.dumps({"text": row}) + "\n" for row in rows).encode()
-
-
-def put(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
 
 
 @pytest.fixture
@@ -63,15 +44,8 @@ def corpus(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches, "BATCH_BYTES", 700)
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 300)
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 700)
 
 
 def expected(corpus: Path, tokenizer: Path, side: str, domain: str) -> tuple[list[int], int, int]:
@@ -123,7 +97,6 @@ def test_files_of_limited_size_hold_the_same_tokens(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pack([corpus], tmp_path / "one", train_bpe=300)
-    monkeypatch.setattr(batches, "BATCH_BYTES", 500)
     monkeypatch.setattr(writer, "FILE_BYTES", 4000)
     pack([corpus], tmp_path / "many", train_bpe=300)
     one = ShardSet.open(tmp_path / "one").arrays("train", "web")
@@ -171,7 +144,7 @@ def test_what_is_left_out_is_counted_per_domain_and_named_by_line(tmp_path: Path
     web = ShardSet.open(tmp_path / "out").stats("train", "web")
     assert (web.documents, web.malformed, web.empty) == (21, 1, 1)
     assert report.splits["train"]["code"].malformed == 0
-    (example,) = report.malformed_examples
+    (example,) = report.dropped_examples
     assert "web-0.jsonl, line 21: no field 'text'" in example
 
 
@@ -193,8 +166,10 @@ def test_documents_without_a_token_are_left_out_and_counted(tmp_path: Path) -> N
     shards = ShardSet.open(tmp_path / "out")
     assert shards.arrays("train", "web")[0].tolist() == [1, 2, 0, 3, 0]
     web = shards.stats("train", "web")
-    assert (web.documents, web.tokens, web.utf8_bytes, web.malformed) == (2, 5, 12, 1)
-    assert report.malformed_examples == ("domain 'web': no token in the document '東京'",)
+    assert (web.documents, web.tokens, web.utf8_bytes, web.no_token) == (2, 5, 12, 1)
+    assert report.dropped_examples == (
+        f"{tmp_path}/in/web-0.jsonl, line 2: no token in the document '東京'",
+    )
 
 
 @pytest.mark.parametrize(("strict", "message"), [(True, "no token in"), (False, "no documents to")])
@@ -351,49 +326,11 @@ def test_force_replaces_a_corpus_and_removes_its_other_files(corpus: Path, tmp_p
     assert content(tmp_path / "out") == content(tmp_path / "fresh")
 
 
-def test_a_stopped_run_goes_on_after_the_domains_it_finished(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pack([corpus], tmp_path / "whole", train_bpe=300)
-    original = domains.write_json
-
-    def stop_after_code(path: Path, value: Any) -> None:
-        original(path, value)
-        if path.name == "code.json":
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(domains, "write_json", stop_after_code)
-    with pytest.raises(KeyboardInterrupt):
-        pack([corpus], tmp_path / "out", train_bpe=300)
-    monkeypatch.undo()
-    with pytest.raises(ShardError, match=r"no manifest\.json"):
-        ShardSet.open(tmp_path / "out")
-    (tmp_path / "out/train/.web-0.tokens.123.tmp").write_bytes(b"of a killed run")
-    report = pack([corpus], tmp_path / "out", train_bpe=300)
-    assert report.resumed_domains == ("books", "code")
-    assert content(tmp_path / "out") == content(tmp_path / "whole")
-
-
-def test_finished_domains_of_other_settings_or_without_files_are_packed_again(
-    corpus: Path, tmp_path: Path
-) -> None:
-    # Not a training document, so that the tokenizer trained stays the same.
-    put(corpus / "valid/zero-0.jsonl", b"")
-    for vocab_size in (300, 310):
-        with pytest.raises(CorpusError, match="domain 'zero'"):
-            pack([corpus], tmp_path / "out", train_bpe=vocab_size)
-    (tmp_path / "out/train/code-0.tokens").unlink()
-    note = tmp_path / "out/.packing/books.json"
-    note.write_text(note.read_text()[:40])
-    put(corpus / "valid/zero-0.jsonl", lines(["something"]))
-    assert pack([corpus], tmp_path / "out", train_bpe=310).resumed_domains == ("web",)
-
-
 def test_too_little_space_is_refused_before_anything_is_written(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pack_module, "free_bytes", lambda path: 1000)
-    with pytest.raises(StorageError, match=r"the shards take about .* kB and 1\.0 kB are free"):
+    monkeypatch.setattr(pack_plan, "free_bytes", lambda path: 1000)
+    with pytest.raises(StorageError, match=r"the shards take about .* kB.*; 1\.0 kB are free"):
         pack([corpus], tmp_path / "out", train_bpe=300)
     assert not (tmp_path / "out").exists()
 

@@ -15,7 +15,14 @@ import xxhash
 
 from regmix.data import writer as writer_module
 from regmix.data.manifest import MANIFEST, MANIFEST_FORMAT, VERSION, Manifest, TokenizerRecord
-from regmix.data.shards import DomainWriter, ShardSet, ShardWriter, dtype_for, write_manifest
+from regmix.data.shards import (
+    DomainWriter,
+    PackedFile,
+    ShardSet,
+    ShardWriter,
+    dtype_for,
+    write_manifest,
+)
 from regmix.errors import ShardError, StorageError
 
 HEADER = 4096
@@ -52,8 +59,8 @@ def write_set(
     for (split, domain), texts in contents.items():
         with DomainWriter(folder, manifest, split, domain) as out:
             for text in texts:
-                out.write(text, np.array([len(text)]), utf8_bytes=3 * len(text))
-        splits.setdefault(split, {})[domain] = out.stats(malformed=1, empty=2)
+                out.write(text, np.array([len(text)]), np.array([3 * len(text)]))
+        splits.setdefault(split, {})[domain] = out.stats(dropped={"malformed": 1, "empty": 2})
     return write_manifest(folder, replace(manifest, splits=splits))
 
 
@@ -216,7 +223,7 @@ def test_blocks_are_checked_once_a_process_and_again_by_verify(
     shards = ShardSet.open(copy)
     shards.arrays("train", "web")
     reads = []
-    monkeypatch.setattr(ShardSet, "_footer", lambda self, file: reads.append(file))
+    monkeypatch.setattr(PackedFile, "load", lambda file: reads.append(file))
     ShardSet.open(copy).arrays("train", "web")
     assert reads == []
     ShardSet.open(copy).arrays("train", "code", verify=False)
@@ -343,7 +350,7 @@ def test_an_error_while_writing_leaves_no_file(tmp_path: Path) -> None:
 
     def write_and_fail() -> None:
         with DomainWriter(tmp_path, manifest, "train", "web") as out:
-            out.write(np.array([5, 7]), np.array([2]), utf8_bytes=2)
+            out.write(np.array([5, 7]), np.array([2]), np.array([2]))
             raise RuntimeError
 
     with pytest.raises(RuntimeError):

@@ -17,6 +17,8 @@ from regmix.errors import RegmixError
 COMMANDS = {
     "demo": ("regmix.cli.demo", "The whole pipeline on text found on this machine."),
     "pack": ("regmix.cli.pack", "Turn documents into token shards, per domain."),
+    "inspect": ("regmix.cli.inspect", "Show what shards hold, and what a budget means in epochs."),
+    "verify": ("regmix.cli.verify", "Check every byte of the shards."),
     "mixtures": ("regmix.cli.mixtures", "Draw the swarm: the mixtures to train proxies on."),
     "proxies": ("regmix.cli.proxies", "Train the proxies; run again to resume."),
     "status": ("regmix.cli.status", "Show how far a study is."),

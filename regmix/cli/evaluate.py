@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import click
 
@@ -48,10 +49,16 @@ def command(study: str | None, models: tuple[str, ...], as_json: bool) -> None:
         table.add_column(name, justify="right")
     for target in opened.config.targets:
         cells = [tables[name]["targets"][target] for name in chosen]
-        shown = [f"{cell['loss_nats']:.4f} ({cell['bits_per_byte']:.4f})" for cell in cells]
-        table.add_row(target, *shown)
+        table.add_row(target, *map(_shown, cells))
     table.add_row(
         "objective", *(f"{tables[name]['objective']['loss_nats']:.4f}" for name in chosen)
     )
     console().print(table)
+    if any("bits_per_byte" not in row for t in tables.values() for row in t["targets"].values()):
+        click.echo("No bits per byte (–): these token files do not tell the bytes of their text")
     click.echo(f"Next: regmix-fast report {study or ''}".rstrip())
+
+
+def _shown(cell: dict[str, Any]) -> str:
+    bits = cell.get("bits_per_byte")
+    return f"{cell['loss_nats']:.4f} ({'–' if bits is None else format(bits, '.4f')})"

@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from regmix.data.manifest import ShardStats
     from regmix.data.pack import PackPlan, PackReport
+
+NUM_SHOWN = 10  # records left out that are shown
 
 
 def _globs(pairs: tuple[str, ...]) -> dict[str, str]:
@@ -58,11 +61,33 @@ def _globs(pairs: tuple[str, ...]) -> dict[str, str]:
 @click.option("--text-field", default="text", show_default=True, help="Field that holds the text.")
 @click.option("--strict", is_flag=True, help="Stop at the first record that cannot be read.")
 @click.option(
+    "--dedup",
+    is_flag=True,
+    help="Leave out exact duplicates over the whole corpus: the first of validation files, then "
+    "of domains and files by name, stays. Takes 27 to 80 bytes of memory a document.",
+)
+@click.option(
+    "--max-document-mb",
+    type=click.IntRange(1, 2000),
+    default=128,
+    show_default=True,
+    metavar="MB",
+    help="Leave out longer records (a line, a .txt file, a value of Parquet).",
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["auto", "fast", "tokenizers"]),
+    default="auto",
+    show_default=True,
+    help="What encodes. fast: fastokens, a sample of every file compared with tokenizers. "
+    "auto: fast, or tokenizers for the whole corpus where they differ.",
+)
+@click.option(
     "--force",
     is_flag=True,
     help="Replace a corpus that is there already, once the new one is complete beside it.",
 )
-@click.option("--workers", type=click.IntRange(1), help="Encoding threads.  [default: all cores]")
+@click.option("--workers", type=click.IntRange(1), help="Encoding processes.  [default: all cores]")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
     corpus: tuple[Path, ...], out: Path, domains: tuple[str, ...], as_json: bool, **options: Any
@@ -72,11 +97,14 @@ def command(
     CORPUS: files or folders of .jsonl, .json (lines), .txt (each also .gz or .zst) or .parquet.
     Files in a folder named train or valid (val, validation) belong to that side. Without a
     tokenizer a byte-level BPE of 8192 tokens is trained on the corpus. Run the same command again
-    to go on after a stop.
+    to go on after a stop: files that are encoded are not encoded again. What is left out, and why,
+    is counted in the report and listed in dropped.jsonl (the first 1000 of each domain, split and
+    reason).
 
     \b
     Example:
       regmix-fast pack corpus/ --out shards --tokenizer tokenizer.json
+      regmix-fast pack crawl/ --out shards --tokenizer tokenizer.json --dedup
       regmix-fast pack raw/ --out shards --domain web='crawl/*' --domain code='*.py.txt'
     """
     from regmix.data.pack import pack
@@ -100,6 +128,7 @@ def command(
             domains=_globs(domains),
             on_plan=planned,
             on_progress=progressed,
+            on_message=lambda words: click.echo(words, err=True),
             **options,
         )
     if as_json:
@@ -132,28 +161,61 @@ def _show_plan(plan: PackPlan) -> None:
 def _show_report(report: PackReport) -> None:
     from rich.table import Table
 
-    from regmix.display import console
+    from regmix.display import console, size
 
     table = Table(title="Shards")
     for name in ("split", "domain", "documents", "tokens", "text MB", "bytes/token", "left out"):
         table.add_column(name, justify="left" if name in ("split", "domain") else "right")
     for split, domains in report.splits.items():
         for domain, stats in domains.items():
+            text = stats.utf8_bytes
             table.add_row(
                 split,
                 domain,
                 f"{stats.documents:,}",
                 f"{stats.tokens:,}",
-                f"{stats.utf8_bytes / 1e6:,.2f}",
-                f"{stats.utf8_bytes / stats.tokens:.2f}",
-                f"{stats.malformed + stats.empty:,}",
+                "" if text is None else f"{text / 1e6:,.2f}",
+                "" if text is None else f"{text / stats.tokens:.2f}",
+                f"{sum(_dropped(stats).values()):,}",
             )
     console().print(table)
+    _show_dropped(report)
+    verified = f"{report.verified_documents:,} documents, {size(report.verified_bytes)} of text"
+    if report.engine != "tokenizers":
+        click.echo(
+            f"Encoded by {report.engine} {report.engine_version}; compared with tokenizers, "
+            f"no difference: {verified}"
+        )
+    elif report.engine_reason != "asked for":
+        click.echo(f"Encoded by tokenizers {report.engine_version}: {report.engine_reason}")
+    if report.resumed_files:
+        click.echo(f"Encoded by an earlier run: {report.resumed_files:,} files")
+
+
+def _dropped(stats: ShardStats) -> dict[str, int]:
+    return {
+        "malformed": stats.malformed,
+        "without text": stats.empty,
+        "too long": stats.too_long,
+        "without a token": stats.no_token,
+        "duplicates": stats.duplicate,
+    }
+
+
+def _show_dropped(report: PackReport) -> None:
     every = [stats for domains in report.splits.values() for stats in domains.values()]
-    malformed, empty = sum(s.malformed for s in every), sum(s.empty for s in every)
-    if malformed or empty:
-        click.echo(f"Left out: {malformed:,} malformed records, {empty:,} documents without text")
-    for example in report.malformed_examples:
+    sums: dict[str, int] = {}
+    for stats in every:
+        for reason, number in _dropped(stats).items():
+            sums[reason] = sums.get(reason, 0) + number
+    if report.records is not None:
+        left_out = ", ".join(f"{number:,} {reason}" for reason, number in sums.items() if number)
+        packed = sum(stats.documents for stats in every)
+        click.echo(
+            f"Records: {report.records:,} read = {packed:,} packed + "
+            f"{sum(sums.values()):,} left out{f' ({left_out})' if left_out else ''}"
+        )
+    for example in report.dropped_examples[:NUM_SHOWN]:
         click.echo(f"  {example}")
-    if report.resumed_domains:
-        click.echo(f"Finished by an earlier run: {', '.join(report.resumed_domains)}")
+    if report.dropped_list:
+        click.echo(f"All (at most 1000 of a domain, split and reason): {report.dropped_list}")

@@ -167,7 +167,7 @@ class NumbaBackend(NumpyBackend):
 
 
 class NativeBackend:
-    """The C++ core, `csrc/sampler.hpp`; it works without the GIL."""
+    """The C++ core, `csrc/`; it works without the GIL."""
 
     name = "native"
 

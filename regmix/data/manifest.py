@@ -41,9 +41,12 @@ class ShardStats:
 
     documents: int
     tokens: int  # separators included: one after every document
-    utf8_bytes: int  # of the text, separators excluded
-    malformed: int = 0  # records left out: not readable, or no token in them
+    utf8_bytes: int | None  # of the text, separators excluded; None where it cannot be known
+    malformed: int = 0  # records left out: not readable
     empty: int = 0  # documents left out because they hold no text
+    too_long: int = 0  # above the limit
+    no_token: int = 0  # the tokenizer finds no token in them
+    duplicate: int = 0  # equal to a document that is packed
     files: tuple[ShardFile, ...] = ()
 
 

@@ -3,7 +3,7 @@
 Enters: integer weights, sequences per domain, keys. Leaves: for the i-th sequence of a run (from 1)
 its domain and its index within that domain. Reads no token and opens no file.
 
-Three pure functions make the order; `csrc/sampler.hpp` and `_numba_order.py` repeat them and must
+Three pure functions make the order; `csrc/order.hpp` and `_numba_order.py` repeat them and must
 give the same bytes, so a change here is a change there and a new `ORDER_VERSION`.
 1. Dealing. Tijdeman's chairman assignment (Discrete Mathematics 32, 1980). With weight w_d, count
    c_d and D domains, the c-th sequence of a domain may be dealt from the release on, the first i

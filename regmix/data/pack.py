@@ -2,95 +2,72 @@
 
 1. List the files, give each a domain and a side, and say what it will cost.
 2. Load the tokenizer, or train a byte-level BPE on a bounded sample, even over the domains.
-3. Domain by domain: read, encode in batches on all cores, write every document and a separator.
-   A finished domain is noted, so a stopped run goes on with the next one.
+3. Encode every file on all cores and put the documents into shards (pack_run.py). A file that is
+   encoded is kept, so a stopped run goes on with the next one.
 4. Write the manifest last: without it the folder is not a corpus. With `force` all this happens in
-   a folder inside, whose content then takes the place of the corpus that was there.
+   a folder inside, which then takes the place of the corpus that was there (replacement.py).
 
 Enters: files of documents. Leaves: a folder that `ShardSet` opens, the same bytes whatever the
-number of workers, and a report that counts all that was left out. Loses no token of a document.
+number of workers and the engine, and a report that counts all that was left out. Loses no token of
+a document.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from regmix.data.corpus import (
-    Source,
-    Tally,
-    choose_sides,
-    find_sources,
-    read_documents,
-    side_of,
-)
-from regmix.data.domains import NOTES_FOLDER, OnProgress, PackJob, describe, pack_domains
+from regmix.data.assembly import NOTES_FOLDER
+from regmix.data.corpus import Source, Tally, choose_sides, find_sources, read_documents, side_of
+from regmix.data.engines import CHOICES
 from regmix.data.manifest import (
     MANIFEST,
     MANIFEST_FORMAT,
     VERSION,
     Manifest,
     ShardStats,
+    SourceFile,
     TokenizerRecord,
     dtype_for,
     write_manifest,
 )
+from regmix.data.pack_plan import PackPlan, check_space, make_plan
+from regmix.data.pack_report import PackReport, make_report
+from regmix.data.pack_run import (
+    OnProgress,
+    PackJob,
+    PackResult,
+    choice_version,
+    run,
+    sole_packer,
+    write_dropped,
+)
+from regmix.data.replacement import (
+    DROPPED,
+    PACKING,
+    REPLACEMENT,
+    TOKENIZER,
+    heal,
+    put_in_place,
+    remove_others,
+)
 from regmix.data.shards import ShardSet
 from regmix.data.tokenizer import SEPARATOR, Tokenizer, load_tokenizer, own_parallelism
 from regmix.data.tokenizer import train_bpe as train_bpe_on
-from regmix.display import size
-from regmix.errors import ConfigError, CorpusError, ShardError, StorageError
-from regmix.files import free_bytes, storage_errors, sync_directory, write_text
+from regmix.errors import ConfigError, CorpusError, ShardError, nearest
+from regmix.files import checksum, storage_errors, write_json, write_text
 
 SAMPLE_BYTES = 20_000_000  # text a BPE is trained on
 DEFAULT_BPE = 8192
-TOKENIZER = "tokenizer.json"
-REPLACEMENT = ".replacement"  # folder in which --force packs
-# Text per byte on disk, and text per token, for the estimate before anything is known.
-EXPANSION = {"": 1.0, ".gz": 3.3, ".zst": 4.2}
-PARQUET_EXPANSION = 3.0
-BYTES_PER_TOKEN = 2.5
-
-
-@dataclass(frozen=True, kw_only=True)
-class PackPlan:
-    """What packing will read and write, before it starts; both estimates are rough."""
-
-    num_files: int
-    domains: tuple[str, ...]
-    source_bytes: int
-    text_bytes: int  # estimated
-    disk_bytes: int  # estimated
-    free_bytes: int
-    valid_fraction: float | None  # None where folders decide
-    ignored: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PackReport:
-    """What `pack` did."""
-
-    path: str
-    checksum: str
-    already_complete: bool
-    resumed_domains: tuple[str, ...]  # finished by an earlier run that was stopped
-    tokenizer: TokenizerRecord
-    dtype: str
-    splits: Mapping[str, Mapping[str, ShardStats]]
-    malformed_examples: tuple[str, ...]
-    ignored: tuple[str, ...]
-    source_bytes: int
-    disk_bytes: int
-    seconds: float
-
-    def as_table(self) -> dict[str, object]:
-        """Return the report as plain values for JSON."""
-        return asdict(self)
+LONGEST_WORD = 100_000  # letters: training takes the square of that, so such texts do not join
+DEFAULT_MAX_DOCUMENT_MB = 128
+LARGEST_DOCUMENT_MB = 2000  # bytes of a text are counted in 32 bits
+# Settings that older manifests do not have, as they were then.
+ADDED_SETTINGS = {"dedup": "false", "max_document_mb": str(DEFAULT_MAX_DOCUMENT_MB)}
 
 
 def pack(
@@ -105,10 +82,14 @@ def pack(
     domains: Mapping[str, str] | None = None,
     text_field: str = "text",
     strict: bool = False,
+    dedup: bool = False,
+    max_document_mb: int = DEFAULT_MAX_DOCUMENT_MB,
+    engine: str = "auto",
     force: bool = False,
     workers: int | None = None,
     on_plan: Callable[[PackPlan], None] | None = None,
     on_progress: OnProgress | None = None,
+    on_message: Callable[[str], None] | None = None,
 ) -> PackReport:
     """Pack files and folders of documents into the folder `out`.
 
@@ -120,11 +101,10 @@ def pack(
     """
     started = time.monotonic()
     folder = Path(out)
-    if tokenizer is not None and train_bpe is not None:
-        raise ConfigError("a tokenizer both loaded and trained", cure="Give one of the two")
+    _check_options(tokenizer, train_bpe, engine, max_document_mb)
     found = find_sources(inputs, domain_by=domain_by, domains=domains, exclude=folder)
     files, fraction = choose_sides(found.files, valid_fraction)
-    plan = _plan(files, found.ignored, folder, fraction)
+    plan = make_plan(files, found.ignored, folder, fraction, dedup=dedup)
     if on_plan is not None:
         on_plan(plan)
     loaded = load_tokenizer(tokenizer, separator=separator) if tokenizer is not None else None
@@ -135,60 +115,106 @@ def pack(
         "valid_fraction": "by folder" if fraction is None else repr(fraction),
         "text_field": text_field,
         "strict": str(strict).lower(),
+        "dedup": str(dedup).lower(),
+        "max_document_mb": str(max_document_mb),
     }
-    if (folder / MANIFEST).exists() and not force:
-        return _complete(folder, settings, files, plan, started)
-    # The corpus that is there stays usable until the one that replaces it is complete.
-    workplace = folder / REPLACEMENT if (folder / MANIFEST).exists() else folder
-    _prepare(workplace, plan)
-    report = on_progress or (lambda done, domain, tokens: None)
-    if loaded is None:
-        sample = _sample(files, fraction, text_field, strict, report)
-        loaded = train_bpe_on(sample, vocab_size, separator=separator)
-    write_text(workplace / TOKENIZER, loaded.text)
-    job = PackJob(
-        folder=workplace,
-        manifest=_empty_manifest(loaded, settings),
-        tokenizer=loaded,
-        fraction=fraction,
+    there = (folder / MANIFEST).exists()
+    if there:
+        healed = heal(folder)
+        if not force or healed:
+            return _complete(folder, settings, files, plan, started)
+    options = _Options(
+        train_bpe=vocab_size,
+        separator=separator,
         text_field=text_field,
         strict=strict,
-        workers=workers or _num_cores(),
-        on_progress=report,
+        dedup=dedup,
+        max_bytes=max_document_mb * 1_000_000,
+        engine=engine,
+        workers=workers,
+        on_progress=on_progress or (lambda done, domain, tokens: None),
+        on_message=on_message or (lambda words: None),
+    )
+    # The corpus that is there stays usable until the one that replaces it is complete.
+    workplace = folder / REPLACEMENT if there else folder
+    check_space(workplace, plan)
+    resumed = 0
+    with sole_packer(folder):
+        if not (there and _is_complete(workplace, settings, files)):
+            resumed = _pack_into(workplace, files, fraction, loaded, settings, options)
+        if workplace != folder:
+            put_in_place(folder)
+        shards = ShardSet.open(folder)
+    return make_report(shards, plan, started, resumed=resumed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    """What `pack` was asked for, once it is checked."""
+
+    train_bpe: int
+    separator: str | None
+    text_field: str
+    strict: bool
+    dedup: bool
+    max_bytes: int
+    engine: str
+    workers: int | None
+    on_progress: OnProgress
+    on_message: Callable[[str], None]
+
+
+def _pack_into(
+    folder: Path,
+    files: tuple[Source, ...],
+    fraction: float | None,
+    tokenizer: Tokenizer | None,
+    settings: dict[str, str],
+    options: _Options,
+) -> int:
+    """Pack everything into a folder that is no corpus yet; return the files done before."""
+    if tokenizer is None:
+        sample = _sample(files, fraction, options)
+        tokenizer = train_bpe_on(sample, options.train_bpe, separator=options.separator)
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / TOKENIZER, tokenizer.text)
+    job = PackJob(
+        folder=folder,
+        manifest=_empty_manifest(tokenizer, settings),
+        tokenizer=tokenizer,
+        files=files,
+        valid_fraction=fraction,
+        text_field=options.text_field,
+        strict=options.strict,
+        max_bytes=options.max_bytes,
+        dedup=options.dedup,
+        engine=options.engine,
+        workers=options.workers,
+        on_progress=options.on_progress,
+        on_message=options.on_message,
     )
     with own_parallelism():
-        examples = pack_domains(job, files)
-    shards = _finish(job)
-    if workplace != folder:
-        shards = _replace(folder, workplace)
-    return _report(shards, plan, started, examples=examples, resumed=tuple(job.resumed))
+        result = run(job)
+    _finish(job, result)
+    return result.resumed_files
 
 
-def _num_cores() -> int:
-    """Return the cores this process may use; the machine's where the system cannot say."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _plan(
-    files: tuple[Source, ...], ignored: tuple[str, ...], folder: Path, fraction: float | None
-) -> PackPlan:
-    text = sum(
-        source.num_bytes
-        * (PARQUET_EXPANSION if source.format == "parquet" else EXPANSION[source.compression])
-        for source in files
-    )
-    return PackPlan(
-        num_files=len(files),
-        domains=tuple(sorted({source.domain for source in files})),
-        source_bytes=sum(source.num_bytes for source in files),
-        text_bytes=int(text),
-        disk_bytes=int(text / BYTES_PER_TOKEN * 2),
-        free_bytes=free_bytes(folder),
-        valid_fraction=fraction,
-        ignored=ignored,
-    )
+def _check_options(
+    tokenizer: Path | str | None, train_bpe: int | None, engine: str, max_document_mb: int
+) -> None:
+    if tokenizer is not None and train_bpe is not None:
+        raise ConfigError("a tokenizer both loaded and trained", cure="Give one of the two")
+    if engine not in CHOICES:
+        raise ConfigError(
+            f"unknown engine '{engine}' ({nearest(engine, CHOICES)})",
+            cure="Use auto, fast or tokenizers",
+        )
+    if not 1 <= max_document_mb <= LARGEST_DOCUMENT_MB:
+        raise ConfigError(
+            f"a limit of {max_document_mb} MB for a document",
+            cure=f"Use 1 to {LARGEST_DOCUMENT_MB}",
+        )
 
 
 def _empty_manifest(tokenizer: Tokenizer, settings: dict[str, str]) -> Manifest:
@@ -207,6 +233,44 @@ def _empty_manifest(tokenizer: Tokenizer, settings: dict[str, str]) -> Manifest:
     )
 
 
+def _differences(
+    shards: ShardSet, settings: dict[str, str], files: tuple[Source, ...]
+) -> list[str]:
+    """Return in words how a corpus was packed otherwise, or from other files."""
+    before = ADDED_SETTINGS | shards.manifest.settings
+    differences = [
+        f"{name} was {before.get(name)}, now {value}"
+        for name, value in settings.items()
+        if before.get(name) != value
+    ]
+    if differences:
+        return differences
+    # Files of two input folders may share a name, so they are compared as multisets.
+    now = Counter(_describe(source) for source in files)
+    then = Counter(shards.manifest.sources)
+    changed = sorted({source.path for source in (now - then) + (then - now)})
+    return [f"the source file {name} differs" for name in changed]
+
+
+def _describe(source: Source) -> SourceFile:
+    """Return what the manifest says of a source; reads the whole file for its hash."""
+    return SourceFile(
+        path=source.name,
+        domain=source.domain,
+        split=source.side,
+        bytes=source.num_bytes,
+        xxh3=checksum(source.path),
+    )
+
+
+def _is_complete(folder: Path, settings: dict[str, str], files: tuple[Source, ...]) -> bool:
+    """Return whether a replacement is complete that was stopped before it was put in place."""
+    try:
+        return not _differences(ShardSet.open(folder), settings, files)
+    except ShardError:
+        return False
+
+
 def _complete(
     folder: Path,
     settings: dict[str, str],
@@ -216,48 +280,20 @@ def _complete(
 ) -> PackReport:
     """Report the corpus that is there, or say why it is another one."""
     shards = ShardSet.open(folder)
-    before = shards.manifest.settings
-    differences = [
-        f"{name} was {before.get(name)}, now {value}"
-        for name, value in settings.items()
-        if before.get(name) != value
-    ]
-    if not differences:
-        # Files of two input folders may share a name, so they are compared as multisets.
-        now = Counter(describe(source) for source in files)
-        then = Counter(shards.manifest.sources)
-        changed = sorted({source.path for source in (now - then) + (then - now)})
-        differences = [f"the source file {name} differs" for name in changed]
+    differences = _differences(shards, settings, files)
     if differences:
         raise ShardError(
             f"{folder}: holds a corpus packed otherwise ({differences[0]})",
             cure="Name another folder, or replace that corpus with --force",
         )
-    return _report(shards, plan, started, already_complete=True)
-
-
-def _prepare(folder: Path, plan: PackPlan) -> None:
-    """Make the folder, without the half files of a killed run."""
-    if plan.disk_bytes > plan.free_bytes:
-        raise StorageError(
-            f"{folder}: the shards take about {size(plan.disk_bytes)} and "
-            f"{size(plan.free_bytes)} are free",
-            cure="Free some space on that disk, or name a folder on another one",
-        )
+    # A run that was killed after its last step leaves its notes.
     with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        for side in ("train", "valid"):
-            for temporary in (folder / side).glob(".*.tokens.*.tmp"):
-                temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder / NOTES_FOLDER, ignore_errors=True)
+        (folder / ".pack.lock").unlink(missing_ok=True)
+    return make_report(shards, plan, started, already_complete=True)
 
 
-def _sample(
-    files: tuple[Source, ...],
-    fraction: float | None,
-    text_field: str,
-    strict: bool,
-    on_progress: OnProgress,
-) -> Iterator[str]:
+def _sample(files: tuple[Source, ...], fraction: float | None, options: _Options) -> Iterator[str]:
     """Yield the first training documents of every file, as much text of each domain."""
     training = [source for source in files if source.side != "valid"]
     if not training:
@@ -268,10 +304,12 @@ def _sample(
     num_domains = len({source.domain for source in training})
     num_files = Counter(source.domain for source in training)
     for source in training:
-        on_progress(0, "(training the tokenizer)", 0)
+        options.on_progress(0, "(training the tokenizer)", 0)
         left = SAMPLE_BYTES // num_domains // num_files[source.domain]
-        for text, utf8 in read_documents(source, Tally(), text_field=text_field, strict=strict):
+        for text, utf8 in _readable(source, options):
             if fraction is not None and side_of(utf8, fraction) == "valid":
+                continue
+            if max(map(len, text.split())) > LONGEST_WORD:
                 continue
             yield text[:left]
             left -= len(utf8)
@@ -279,65 +317,56 @@ def _sample(
                 break
 
 
-def _finish(job: PackJob) -> ShardSet:
-    """Write the manifest, open what was written, and remove what no longer belongs to it."""
-    write_manifest(job.folder, job.manifest)
-    shards = ShardSet.open(job.folder)
-    kept = {
-        job.folder / file.path
-        for domains in job.manifest.splits.values()
-        for stats in domains.values()
-        for file in stats.files
+def _readable(source: Source, options: _Options) -> Iterator[tuple[str, bytes]]:
+    return read_documents(
+        source,
+        Tally(),
+        text_field=options.text_field,
+        strict=options.strict,
+        max_bytes=options.max_bytes,
+    )
+
+
+def _finish(job: PackJob, result: PackResult) -> None:
+    """Write what belongs beside the shards, the manifest last, and remove the notes."""
+    splits: dict[str, dict[str, ShardStats]] = {}
+    for group in result.groups:
+        for side, stats in (group.note.stats if group.note else {}).items():
+            splits.setdefault(side, {})[group.domain] = stats
+    books = iter(result.books)
+    sources = {
+        id(task.source): SourceFile(
+            path=task.source.name,
+            domain=task.source.domain,
+            split=task.source.side,
+            bytes=unit.bytes,
+            xxh3=unit.xxh3,
+        )
+        for group in result.groups
+        for task, unit in zip(group.tasks, books, strict=False)
     }
+    manifest = replace(
+        job.manifest,
+        splits=splits,
+        sources=tuple(sources[id(source)] for source in job.files),
+    )
+    write_dropped(job.folder, result.groups, job.folder / DROPPED)
+    write_json(
+        job.folder / PACKING,
+        {
+            "records": sum(unit.records for unit in result.books),
+            "engine": result.engine.name,
+            "engine_version": result.engine.version,
+            "engine_reason": result.engine.reason,
+            "tokenizers_version": choice_version("tokenizers"),
+            "verified_documents": sum(unit.verified_documents for unit in result.books),
+            "verified_bytes": sum(unit.verified_bytes for unit in result.books),
+            "dropped_examples": list(result.examples),
+        },
+    )
+    write_manifest(job.folder, manifest)
+    ShardSet.open(job.folder)
+    remove_others(job.folder, manifest)
     with storage_errors(job.folder):
-        for side in ("train", "valid"):
-            for path in (job.folder / side).glob("*.tokens"):
-                if path not in kept:
-                    path.unlink()
         for leftover in (NOTES_FOLDER, REPLACEMENT):
             shutil.rmtree(job.folder / leftover, ignore_errors=True)
-    return shards
-
-
-def _replace(folder: Path, new: Path) -> ShardSet:
-    """Put the complete corpus `new` in the place of the one in `folder`, the manifest last."""
-    with storage_errors(folder):
-        (folder / MANIFEST).unlink()
-        for side in ("train", "valid"):
-            for path in (folder / side).glob("*.tokens"):
-                path.unlink()
-            for path in (new / side).glob("*.tokens"):
-                (folder / side).mkdir(exist_ok=True)
-                os.replace(path, folder / side / path.name)
-        for name in (TOKENIZER, MANIFEST):
-            os.replace(new / name, folder / name)
-        sync_directory(folder)
-        shutil.rmtree(new)
-    return ShardSet.open(folder)
-
-
-def _report(
-    shards: ShardSet,
-    plan: PackPlan,
-    started: float,
-    *,
-    already_complete: bool = False,
-    examples: tuple[str, ...] = (),
-    resumed: tuple[str, ...] = (),
-) -> PackReport:
-    splits = shards.manifest.splits
-    files = [f for domains in splits.values() for s in domains.values() for f in s.files]
-    return PackReport(
-        path=str(shards.path),
-        checksum=shards.checksum,
-        already_complete=already_complete,
-        resumed_domains=resumed,
-        tokenizer=shards.manifest.tokenizer,
-        dtype=shards.dtype,
-        splits=splits,
-        malformed_examples=examples,
-        ignored=plan.ignored,
-        source_bytes=plan.source_bytes,
-        disk_bytes=sum(file.bytes for file in files),
-        seconds=time.monotonic() - started,
-    )

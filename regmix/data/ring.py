@@ -31,10 +31,13 @@ AHEAD_ROWS = 1024
 
 
 class _Core(Protocol):
-    """The ring itself: gives the slots of step after step."""
+    """The ring itself."""
 
-    def take(self) -> int:
-        """Return the slot of the next step, -1 after the last; free the slot before."""
+    def __next__(self) -> tuple[int, Batch]:
+        """Return the next step and its batch; free the slot of the one before."""
+
+    def __iter__(self) -> _Core:
+        """Return itself: a consumer may leave the loop and come back."""
 
     def close(self) -> None:
         """Stop the threads."""
@@ -83,7 +86,6 @@ class BatchRing:
         for buffer in buffers:
             stream.check_out(buffer, rows)
         self.buffers = tuple(buffers)
-        self._step = start
         last = NO_STOP if stop is None else max(start, stop)
         samplers = stream.samplers if isinstance(stream, StackSampler) else (stream,)
         shared = len({id(sampler.gather) for sampler in samplers}) == 1
@@ -94,10 +96,7 @@ class BatchRing:
             self._core = _ThreadCore(stream.copy(), self.buffers, start, last, rows)
 
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
-        while (slot := self._core.take()) >= 0:
-            step = self._step  # a consumer may leave the loop here and come back
-            self._step += 1
-            yield step, self.buffers[slot]
+        return self._core
 
     def __enter__(self) -> Self:
         return self
@@ -164,6 +163,7 @@ class _ThreadCore:
     ) -> None:
         self._free: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._full: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
+        self._buffers, self._step = buffers, start
         for slot in range(len(buffers)):
             self._free.put(slot)
         self._held: int | None = None
@@ -177,19 +177,23 @@ class _ThreadCore:
         self._thread.start()
         weakref.finalize(self, self._free.put, None)
 
-    def take(self) -> int:
+    def __iter__(self) -> _ThreadCore:
+        return self
+
+    def __next__(self) -> tuple[int, Batch]:
         if self._closed:
             raise RuntimeError("the ring is closed")
         if self._ended:
-            return -1
+            raise StopIteration
         if self._held is not None:
             self._free.put(self._held)
         taken = self._full.get()
-        self._ended = taken == -1 or isinstance(taken, BaseException)
-        if isinstance(taken, BaseException):
-            raise taken
+        if isinstance(taken, BaseException) or taken < 0:
+            self._ended = True
+            raise taken if isinstance(taken, BaseException) else StopIteration
         self._held = taken
-        return taken
+        self._step += 1
+        return self._step - 1, self._buffers[taken]
 
     def close(self) -> None:
         self._closed = True

@@ -1,22 +1,24 @@
 """Token shards on disk, read: the floor every sampler stands on.
 
-`ShardSet.open` checks the manifest, and the size, header and final checksum of every file, so a
-truncated file is found at once; `arrays` checks every block of a domain the first time a process
-touches it, so a flipped bit is found before it is trained on.
+`ShardSet.open` checks the manifest, and the size, header, footer and final checksum of every file,
+so a truncated file is found at once; `arrays` checks every block of a domain the first time a
+process touches it, so a flipped bit is found before it is trained on.
 
-Enters: a folder written by pack.py (the layout of a file is in writer.py). Leaves: read-only
-memory maps and counts. Does not cut sequences: their length belongs to a run.
+Enters: a folder written by pack.py (the layout of a file is in writer.py), or token files of
+another program (foreign.py). Leaves: read-only memory maps and counts. Does not cut sequences:
+their length belongs to a run.
 """
 
 from __future__ import annotations
 
 import os
-import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
+from regmix.data.blocks import OnBytes, check_ends, check_once, find_damage, load, map_tokens
 from regmix.data.manifest import (
     MANIFEST,
     MANIFEST_FORMAT,
@@ -30,6 +32,7 @@ from regmix.data.manifest import (
     read_manifest,
     write_manifest,
 )
+from regmix.data.stored_file import Damage, StoredFile, size_of
 from regmix.data.writer import (
     BLOCK_BYTES,
     DTYPES,
@@ -40,8 +43,8 @@ from regmix.data.writer import (
     file_bytes,
     header_bytes,
 )
-from regmix.errors import ShardError, nearest
-from regmix.files import checksum, storage_errors
+from regmix.errors import RegmixError, ShardError, nearest
+from regmix.files import checksum
 
 __all__ = [
     "MANIFEST",
@@ -60,13 +63,78 @@ __all__ = [
     "write_manifest",
 ]
 
-# Files whose blocks this process has checked already: (path, checksum, modification time).
-_CHECKED: set[tuple[str, str, int]] = set()
-_CHECKED_LOCK = threading.Lock()
+
+class PackedFile:
+    """One file that `pack` wrote, with what its manifest says of it; a `StoredFile`."""
+
+    def __init__(
+        self,
+        path: Path,
+        split: str,
+        domain: str,
+        *,
+        manifest: Manifest,
+        record: ShardFile,
+        cure: str,
+    ) -> None:
+        self.path, self.split, self.domain, self.cure = path, split, domain, cure
+        self.dtype = DTYPES[manifest.dtype]
+        self.start, self.tokens, self.stamp = HEADER_BYTES, record.tokens, record.checksum
+        self.offsets = self._digests = np.empty(0, np.uint64)
+        self._record, self._vocab_size = record, manifest.tokenizer.vocab_size
+        self._header = header_bytes(
+            manifest, split, domain, tokens=record.tokens, largest_id=record.largest_id
+        )
+
+    def ends_problem(self) -> str | None:
+        """See `StoredFile.ends_problem`."""
+        record = self._record
+        size = size_of(self.path)
+        if isinstance(size, str):
+            return size
+        expected = file_bytes(record.tokens, record.documents, self.dtype.itemsize)
+        if not size == expected == record.bytes:
+            return f"{size} bytes where {record.bytes} were written: cut short or changed"
+        with open(self.path, "rb") as stream:
+            header = stream.read(HEADER_BYTES)
+            stream.seek(-8, os.SEEK_END)
+            total = stream.read()
+        if header != self._header:
+            if not header.startswith(MAGIC):
+                return "not a token shard: damaged or replaced"
+            return "its header does not fit the manifest: damaged or replaced"
+        if total[::-1].hex() != record.checksum:
+            return "its checksum does not fit the manifest: damaged or replaced"
+        if record.largest_id >= self._vocab_size:
+            return f"token id {record.largest_id} is outside the vocabulary of {self._vocab_size}"
+        return None
+
+    def load(self) -> str | None:
+        """See `StoredFile.load`: reads and checks the footer."""
+        record = self._record
+        start = HEADER_BYTES + record.tokens * self.dtype.itemsize
+        with open(self.path, "rb") as stream:
+            stream.seek(start)
+            content = stream.read(record.bytes - start)
+        if xxhash.xxh3_64_hexdigest(self._header + content[:-8]) != record.checksum:
+            return "the footer is damaged"
+        words = np.frombuffer(content, "<u8")
+        blocks = len(words) - record.documents - 1
+        self._digests, self.offsets = words[:blocks], words[blocks:-1]
+        return None
+
+    def block_problem(self, number: int, block: memoryview) -> str | None:
+        """See `StoredFile.block_problem`."""
+        if xxhash.xxh3_64_intdigest(block) == self._digests[number]:
+            return None
+        return (
+            f"block {number} of {len(self._digests)} is damaged "
+            f"(1 MiB from byte {HEADER_BYTES + number * BLOCK_BYTES})"
+        )
 
 
 class ShardSet:
-    """The packed corpus in one folder, for reading; made by `ShardSet.open`."""
+    """The tokens of one corpus by split and domain, for reading; made by `ShardSet.open`."""
 
     def __init__(self, path: Path, manifest: Manifest, digest: str) -> None:
         self.path = path
@@ -77,77 +145,84 @@ class ShardSet:
         self.separator_id = manifest.tokenizer.separator_id
         self.tokenizer_hash = manifest.tokenizer.xxh3
         self.tokenizer_path = path / manifest.tokenizer.file
+        self._files: dict[tuple[str, str], tuple[StoredFile, ...]] = {}
 
     @classmethod
     def open(cls, path: Path | str) -> ShardSet:
-        """Open a folder of shards; `ShardError` where a file is missing, cut or does not belong."""
-        path = Path(path)
-        shards = cls(path, *read_manifest(path))
-        shards._check_tokenizer()
-        for split, domains in shards.manifest.splits.items():
-            for domain, stats in domains.items():
-                for file in stats.files:
-                    shards._check_ends(split, domain, file)
+        """Open a folder of shards; `ShardError` where a file is missing, cut or does not belong.
+
+        A folder without a manifest may hold token files of another program: see foreign.py.
+        """
+        shards = cls.read(path)
+        if early := shards.early_damage():
+            raise early[0].error()
+        check_ends(shards.every_file())
         return shards
+
+    @classmethod
+    def read(cls, path: Path | str) -> ShardSet:
+        """Read what says which files there are, and check none of them: for `damage`."""
+        path = Path(path)
+        if not (path / MANIFEST).exists():
+            from regmix.data.foreign import find_foreign
+
+            if (foreign := find_foreign(path)) is not None:
+                return foreign
+        return cls(path, *read_manifest(path))
 
     def _cure(self) -> str:
         return f"Pack the corpus again: regmix-fast pack CORPUS --out {self.path} --force"
 
-    def _check_tokenizer(self) -> None:
-        path = self._inside(self.manifest.tokenizer.file)
-        if not path.is_file():
-            raise ShardError(f"{path}: the shards' tokenizer is missing", cure=self._cure())
-        if checksum(path) != self.tokenizer_hash:
-            raise ShardError(
-                f"{path}: not the tokenizer that made these shards, its checksum differs",
-                cure=f"Put the original {path.name} back, or pack the corpus again with --force",
-            )
+    def early_damage(self) -> list[Damage]:
+        """Return what is wrong apart from the files of tokens: the tokenizer, a path."""
+        damage = []
+        try:
+            path = self._inside(self.manifest.tokenizer.file)
+            what = size_of(path)
+            if isinstance(what, int):
+                what = ""
+                if checksum(path) != self.tokenizer_hash:
+                    what = "not the tokenizer that made these shards, its checksum differs"
+            else:
+                what = f"the shards' tokenizer is missing: {what}"
+            cure = f"Put the original {path.name} back, or pack the corpus again with --force"
+            damage = [Damage(path=str(path), what=what, cure=cure)] if what else []
+        except RegmixError as error:
+            damage.append(Damage(path=str(self.path / MANIFEST), what=error.what, cure=error.cure))
+        return damage
 
     def _inside(self, name: str) -> Path:
         path = self.path / name
-        if not path.resolve().is_relative_to(self.path.resolve()):
+        try:
+            inside = path.resolve().is_relative_to(self.path.resolve())
+        except (OSError, RuntimeError, ValueError):  # a loop of links; a zero byte
+            inside = False
+        if not inside:
             raise ShardError(
-                f"{self.path / MANIFEST}: the path '{name}' leaves the folder",
+                f"{self.path / MANIFEST}: the path {name!r} leaves the folder",
                 cure="Do not use this corpus: its manifest was made by hand",
             )
         return path
 
-    def _check_ends(self, split: str, domain: str, file: ShardFile) -> None:
-        """Check what costs no read of the tokens: size, header, final checksum."""
-        path = self._inside(file.path)
-        where = f"{path} (domain '{domain}', {split})"
-        if not path.is_file():
-            raise ShardError(f"{where}: the file is missing", cure=self._cure())
-        expected = file_bytes(file.tokens, file.documents, DTYPES[self.dtype].itemsize)
-        with storage_errors(path), open(path, "rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            if not size == expected == file.bytes:
-                raise ShardError(
-                    f"{where}: {size} bytes where {file.bytes} were written: cut short or changed",
-                    cure=self._cure(),
-                )
-            header = stream.read(HEADER_BYTES)
-            stream.seek(-8, os.SEEK_END)
-            total = stream.read()
-        wanted = header_bytes(
-            self.manifest, split, domain, tokens=file.tokens, largest_id=file.largest_id
-        )
-        if header != wanted:
-            kind = "its header does not fit the manifest"
-            if not header.startswith(MAGIC):
-                kind = "not a token shard"
-            raise ShardError(f"{where}: {kind}: damaged or replaced", cure=self._cure())
-        if total[::-1].hex() != file.checksum:
-            raise ShardError(
-                f"{where}: its checksum does not fit the manifest: damaged or replaced",
+    def files(self, split: str, domain: str) -> tuple[StoredFile, ...]:
+        """Return a domain's files in order, as blocks.py checks and maps them."""
+        key = (split, domain)
+        if key not in self._files:
+            self._files[key] = tuple(self._stored_files(split, domain))
+        return self._files[key]
+
+    def _stored_files(self, split: str, domain: str) -> Sequence[StoredFile]:
+        return [
+            PackedFile(
+                self._inside(record.path),
+                split,
+                domain,
+                manifest=self.manifest,
+                record=record,
                 cure=self._cure(),
             )
-        if file.largest_id >= self.vocab_size:
-            raise ShardError(
-                f"{where}: token id {file.largest_id} is outside the vocabulary "
-                f"of {self.vocab_size}",
-                cure=self._cure(),
-            )
+            for record in self.stats(split, domain).files
+        ]
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -168,93 +243,56 @@ class ShardSet:
             )
         return known[domain]
 
-    def bytes_per_token(self, split: str, domain: str) -> float:
+    def bytes_per_token(self, split: str, domain: str) -> float | None:
         """Return UTF-8 bytes of text per token, every separator counted as a token without bytes.
 
-        So bits per byte of a domain are its mean loss over all tokens / (ln 2 x this).
+        So bits per byte of a domain are its mean loss over all tokens / (ln 2 x this). None where
+        the bytes cannot be known, which happens with token files of other programs only.
         """
         stats = self.stats(split, domain)
-        return stats.utf8_bytes / stats.tokens
+        return None if stats.utf8_bytes is None else stats.utf8_bytes / stats.tokens
 
     def arrays(self, split: str, domain: str, verify: bool = True) -> tuple[np.ndarray, ...]:
         """Return a domain's tokens: one 1-D read-only memory map a file, in order.
 
         The first call in a process checks every block of these files (`ShardError` where a bit
-        changed), unless `verify` is False.
+        changed), unless `verify` is False; so does a later one where a file changed on disk.
         """
-        files = self.stats(split, domain).files
+        files = self.files(split, domain)
         if verify:
-            for file in files:
-                self._check_blocks(split, domain, file)
-        return tuple(self._map(file) for file in files)
+            check_once(files)
+        return tuple(map_tokens(file, checked=verify) for file in files)
 
     def document_offsets(self, split: str, domain: str) -> np.ndarray:
         """Return the first token of each document (uint64), counted over the domain's files."""
-        parts, before = [], 0
-        for file in self.stats(split, domain).files:
-            self._check_blocks(split, domain, file)
-            _, offsets = self._footer(file)
-            parts.append(offsets + np.uint64(before))
+        parts, before = [np.empty(0, np.uint64)], 0
+        for file in self.files(split, domain):
+            load(file)
+            parts.append(file.offsets + np.uint64(before))
             before += file.tokens
         return np.concatenate(parts)
 
-    def verify(self) -> int:
-        """Check every block of every file now, checked before or not; return the bytes read."""
-        total = 0
-        for split in self.splits:
-            for domain in self.domains(split):
-                for file in self.stats(split, domain).files:
-                    self._check_ends(split, domain, file)
-                    self._check_blocks(split, domain, file, again=True)
-                    total += file.bytes
-        return total
+    def token_bytes(self, split: str, domain: str) -> int:
+        """Return the bytes that a domain's tokens take on disk."""
+        return self.stats(split, domain).tokens * DTYPES[self.dtype].itemsize
 
-    def _map(self, file: ShardFile) -> np.ndarray:
-        path = self.path / file.path
-        with storage_errors(path):
-            return np.memmap(
-                path, DTYPES[self.dtype], mode="r", offset=HEADER_BYTES, shape=(file.tokens,)
-            )
+    def every_file(self) -> list[StoredFile]:
+        """Return the files of all domains, split by split."""
+        return [f for s in self.splits for d in self.domains(s) for f in self.files(s, d)]
 
-    def _footer(self, file: ShardFile) -> tuple[np.ndarray, np.ndarray]:
-        """Return (xxh3_64 of each block, first token of each document)."""
-        start = HEADER_BYTES + file.tokens * DTYPES[self.dtype].itemsize
-        path = self.path / file.path
-        with storage_errors(path), open(path, "rb") as stream:
-            stream.seek(start)
-            words = np.frombuffer(stream.read(file.bytes - start), "<u8")
-        blocks = len(words) - file.documents - 1
-        return words[:blocks], words[blocks:-1]
-
-    def _check_blocks(
-        self, split: str, domain: str, file: ShardFile, *, again: bool = False
-    ) -> None:
-        path = self.path / file.path
-        with storage_errors(path):
-            key = (str(path.resolve()), file.checksum, path.stat().st_mtime_ns)
-        with _CHECKED_LOCK:
-            if key in _CHECKED and not again:
-                return
-        where = f"{path} (domain '{domain}', {split})"
-        blocks, offsets = self._footer(file)
-        header = header_bytes(
-            self.manifest, split, domain, tokens=file.tokens, largest_id=file.largest_id
+    def damage(
+        self, *, threads: int | None = None, on_bytes: OnBytes | None = None
+    ) -> list[Damage]:
+        """Check every block of every file now; return all that is wrong."""
+        return self.early_damage() + find_damage(
+            self.every_file(), threads=threads, on_bytes=on_bytes
         )
-        digest = xxhash.xxh3_64(header)
-        digest.update(blocks.tobytes() + offsets.tobytes())
-        if digest.hexdigest() != file.checksum:
-            raise ShardError(f"{where}: the footer is damaged", cure=self._cure())
-        with storage_errors(path), open(path, "rb") as stream:
-            stream.seek(HEADER_BYTES)
-            left = file.tokens * DTYPES[self.dtype].itemsize
-            for number, wanted in enumerate(blocks.tolist()):
-                block = stream.read(min(BLOCK_BYTES, left))
-                left -= len(block)
-                if xxhash.xxh3_64_intdigest(block) != wanted:
-                    raise ShardError(
-                        f"{where}: block {number} of {len(blocks)} is damaged "
-                        f"(1 MiB from byte {HEADER_BYTES + number * BLOCK_BYTES})",
-                        cure=self._cure(),
-                    )
-        with _CHECKED_LOCK:
-            _CHECKED.add(key)
+
+    def verify(self) -> int:
+        """Check every block of every file now, checked before or not; return the bytes read.
+
+        Raises `ShardError` for the first damage; `damage` returns all of it.
+        """
+        if found := self.damage():
+            raise found[0].error()
+        return sum(file.path.stat().st_size for file in self.every_file())

@@ -53,6 +53,7 @@ class MixtureDataset(IterableDataset[torch.Tensor]):
         self._loaded = self._loaded_in_worker = False
 
     def __iter__(self) -> Iterator[torch.Tensor]:
+        # At once, not with the first batch: a loader may ask for the state before it.
         worker = get_worker_info()
         number, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
         if not self._loaded:
@@ -60,10 +61,13 @@ class MixtureDataset(IterableDataset[torch.Tensor]):
         if not self._loaded_in_worker:
             self._next += number
         self._loaded = self._loaded_in_worker = False
+        return self._batches(num_workers)
+
+    def _batches(self, stride: int) -> Iterator[torch.Tensor]:
         while self._num_steps is None or self._next < self._num_steps:
             tokens = torch.empty(self._sampler.batch_shape(self._rows), dtype=torch.int64)
             self._sampler.batch(self._next, out=tokens.numpy(), rows=self._rows)
-            self._next += num_workers
+            self._next += stride
             yield tokens
 
     def __len__(self) -> int:

@@ -49,13 +49,13 @@ class Tokenizer:
         # A file may ask to cut or to pad; a corpus keeps every token and adds none.
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._where = where
+        self.where = where
         self.text = text
         self.hash = xxhash.xxh3_64_hexdigest(text.encode())
         self.vocab_size = max(vocabulary.values()) + 1
         self.separator = separator or SEPARATOR
         if self.separator not in vocabulary:
-            special = [str(t) for t in self._backend.get_added_tokens_decoder().values()]
+            special = self.added_tokens()
             raise TokenizerError(
                 f"{where}: no token '{self.separator}' to end documents with "
                 f"({nearest(self.separator, special)})",
@@ -79,29 +79,42 @@ class Tokenizer:
         are encoded as text. Releases the GIL while it encodes. `TokenizerError` where the library
         cannot encode a document, or finds the separator in its text all the same.
         """
-        rows = self._ids(texts)
+        rows = self.rows(texts)
         lengths = np.fromiter((len(row) + 1 for row in rows), np.int64, len(rows))
         end = (self.separator_id,)
         flat = itertools.chain.from_iterable(itertools.chain(row, end) for row in rows)
         dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
         return np.fromiter(flat, dtype, int(lengths.sum())), lengths
 
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+    def rows(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text, without separators; raises as `encode` does."""
         try:
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         except Exception as error:  # the library raises bare Exception
             raise TokenizerError(
-                f"{self._where}: cannot encode a document ({str(error)[:200]})",
+                f"{self.where}: cannot encode a document ({str(error)[:200]})",
                 cure="Name a tokenizer that can encode any text, or train one: --train-bpe 8192",
             ) from error
         rows = [encoding.ids for encoding in encodings]
         if any(self.separator_id in row for row in rows):
-            raise TokenizerError(
-                f"{self._where}: the text of a document holds the separator '{self.separator}' "
-                "as a word",
-                cure="Name a token that no text holds with --separator",
-            )
+            raise self.separator_found()
         return rows
+
+    def separator_found(self) -> TokenizerError:
+        """Return the error of a text that holds the separator as a word."""
+        return TokenizerError(
+            f"{self.where}: the text of a document holds the separator '{self.separator}' "
+            "as a word",
+            cure="Name a token that no text holds with --separator",
+        )
+
+    def backend_text(self) -> str:
+        """Return the tokenizer.json as it is used here: the separator is a special token."""
+        return str(self._backend.to_str())
+
+    def added_tokens(self) -> list[str]:
+        """Return the tokens that are found in a text before it is divided into words."""
+        return [str(token) for token in self._backend.get_added_tokens_decoder().values()]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, special tokens included."""

@@ -13,6 +13,7 @@ import contextlib
 import json
 import struct
 from array import array
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,6 +29,7 @@ MAGIC = b"RGMXTOK\x00"
 HEADER_BYTES = 4096
 BLOCK_BYTES = 1 << 20
 FILE_BYTES = 2 << 30  # tokens per file
+FILE_DOCUMENTS = 1 << 24  # documents per file: their places are in memory until it is complete
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 
@@ -82,12 +84,17 @@ class ShardWriter:
         self._stream.seek(HEADER_BYTES)
         return self
 
+    @property
+    def documents(self) -> int:
+        """Documents written so far."""
+        return len(self._offsets)
+
     def write(self, ids: np.ndarray, lengths: np.ndarray) -> None:
         """Append documents: their `ids` in one array, separators included, and their `lengths`."""
         if len(ids) == 0:
             return
         starts = np.cumsum(lengths, dtype=np.uint64) - np.asarray(lengths, np.uint64)
-        self._offsets.extend((starts + np.uint64(self.tokens)).tolist())
+        self._offsets.frombytes((starts + np.uint64(self.tokens)).tobytes())
         self._largest = max(self._largest, int(ids.max()))
         if self._largest >= self._manifest.tokenizer.vocab_size:
             raise ShardError(
@@ -96,7 +103,7 @@ class ShardWriter:
                 cure="Pack with the tokenizer that made these ids",
             )
         self.tokens += len(ids)
-        raw = memoryview(np.ascontiguousarray(ids, self._dtype).tobytes())
+        raw = np.ascontiguousarray(ids, self._dtype).view(np.uint8).data
         with storage_errors(self.path):
             self._stream.write(raw)
         while len(raw) > 0:
@@ -165,19 +172,40 @@ class DomainWriter:
     def __enter__(self) -> DomainWriter:
         return self
 
-    def write(self, ids: np.ndarray, lengths: np.ndarray, utf8_bytes: int) -> None:
-        """Append a batch of documents, which is never divided over two files."""
-        if self._writer is not None and self._writer.tokens + len(ids) > self._limit:
-            self._close()
-        if self._writer is None:
-            writer = ShardWriter(
-                self._folder, self._manifest, self._split, self._domain, len(self._files)
-            )
-            self._writer = writer.__enter__()
-        self._writer.write(ids, lengths)
+    def write(self, ids: np.ndarray, lengths: np.ndarray, utf8: np.ndarray) -> None:
+        """Append documents: ids in one array, tokens of each, bytes of each text.
+
+        A document is never divided over two files: it begins another one where it would take the
+        file over its limit.
+        """
+        ends = np.cumsum(lengths, dtype=np.int64)
+        first = start = 0  # document, token
+        while first < len(lengths):
+            room, documents = self._room()
+            end = int(np.searchsorted(ends, start + room, side="right"))
+            end = min(end, first + documents)
+            if end <= first:
+                if self._writer is not None:
+                    self._close()
+                    continue
+                end = first + 1  # one document above the limit has a file of its own
+            stop = int(ends[end - 1])
+            if self._writer is None:
+                writer = ShardWriter(
+                    self._folder, self._manifest, self._split, self._domain, len(self._files)
+                )
+                self._writer = writer.__enter__()
+            self._writer.write(ids[start:stop], lengths[first:end])
+            first, start = end, stop
         self.documents += len(lengths)
         self.tokens += len(ids)
-        self.utf8_bytes += utf8_bytes
+        self.utf8_bytes += int(np.sum(utf8, dtype=np.int64))
+
+    def _room(self) -> tuple[int, int]:
+        """Return the tokens and documents that still go into the file."""
+        if self._writer is None:
+            return self._limit, FILE_DOCUMENTS
+        return self._limit - self._writer.tokens, FILE_DOCUMENTS - self._writer.documents
 
     def _close(self, error: BaseException | None = None) -> None:
         writer, self._writer = self._writer, None
@@ -194,13 +222,12 @@ class DomainWriter:
     ) -> None:
         self._close(error)
 
-    def stats(self, *, malformed: int, empty: int) -> ShardStats:
-        """Return what the manifest says of the domain, given what was left out of it."""
+    def stats(self, *, dropped: Mapping[str, int]) -> ShardStats:
+        """Return what the manifest says of the domain, given what was left out of it, by reason."""
         return ShardStats(
             documents=self.documents,
             tokens=self.tokens,
             utf8_bytes=self.utf8_bytes,
-            malformed=malformed,
-            empty=empty,
+            **dropped,
             files=tuple(self._files),
         )

@@ -72,18 +72,17 @@ def evaluate_model(study: Study, folder: Path) -> dict[str, Any]:
 def evaluation_table(study: Study, shards: ShardSet, losses: dict[str, float]) -> dict[str, Any]:
     """Return losses by target [nats/token] with bits per byte, and the study's objective.
 
-    Bits per byte: all nats of the set over ln 2 and its UTF-8 bytes, separators excluded.
+    Bits per byte: all nats of the set over ln 2 and its UTF-8 bytes, separators excluded; absent
+    where token files of another program do not tell their bytes.
     """
-    targets = {}
+    targets: dict[str, dict[str, Any]] = {}
     for target, loss in losses.items():
         stats = shards.stats("valid", target)
         num_predictions = stats.tokens - 1
-        targets[target] = {
-            "loss_nats": loss,
-            "bits_per_byte": loss * num_predictions / (math.log(2) * stats.utf8_bytes),
-            "tokens": num_predictions,
-            "utf8_bytes": stats.utf8_bytes,
-        }
+        targets[target] = {"loss_nats": loss, "tokens": num_predictions}
+        if stats.utf8_bytes:
+            bits = loss * num_predictions / (math.log(2) * stats.utf8_bytes)
+            targets[target].update(bits_per_byte=bits, utf8_bytes=stats.utf8_bytes)
     objective = study.config.objective
     total = sum(objective.values())
     mean = sum(weight * losses[target] for target, weight in objective.items()) / total

@@ -237,7 +237,11 @@ def _settings(
 
 def _losses_section(evaluation: Mapping[str, Any]) -> str:
     rows = [
-        (target, f"{row['loss_nats']:.4f}", f"{row['bits_per_byte']:.4f}")
+        (
+            target,
+            f"{row['loss_nats']:.4f}",
+            f"{row['bits_per_byte']:.4f}" if "bits_per_byte" in row else "unknown",
+        )
         for target, row in evaluation["targets"].items()
     ]
     rows.append(("objective", f"{evaluation['objective']['loss_nats']:.4f}", ""))
