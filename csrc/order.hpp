@@ -1,6 +1,6 @@
 // The data order, without Python.
 //
-// Enters: the table and the dealing of regmix/data/order.py. Leaves: domain and sequence of every
+// Enters: the table and the dealing of regmix/data/sampling/order.py. Leaves: domain and sequence of every
 // row of a batch. Reads no token. order.py says what every step means and must give the same
 // bytes; a change here is a change there and a new kOrderVersion.
 #pragma once

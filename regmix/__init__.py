@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from regmix.data.mixtures import Mixture, draw_swarm
-    from regmix.data.sampler import MixtureSampler
+    from regmix.data.sampling.sampler import MixtureSampler
+    from regmix.data.sampling.stream import MixtureDataset
     from regmix.data.shards import ShardSet
-    from regmix.data.stream import MixtureDataset
     from regmix.decision.optimum import optimize
     from regmix.decision.runs import read_runs
     from regmix.decision.surrogate import fit
@@ -35,8 +35,8 @@ __all__ = [
 
 _HOMES = {
     "Mixture": "regmix.data.mixtures",
-    "MixtureDataset": "regmix.data.stream",
-    "MixtureSampler": "regmix.data.sampler",
+    "MixtureDataset": "regmix.data.sampling.stream",
+    "MixtureSampler": "regmix.data.sampling.sampler",
     "RegmixError": "regmix.errors",
     "ShardSet": "regmix.data.shards",
     "Study": "regmix.study",

@@ -14,7 +14,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("regmix-fast", "torch", "triton", "numpy", "lightgbm", "tokenizers", "transformers")
+PACKAGES = (
+    *("regmix-fast", "torch", "triton", "numpy", "lightgbm"),
+    *("tokenizers", "fastokens", "transformers"),
+)
 
 
 @functools.cache

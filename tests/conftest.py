@@ -56,7 +56,7 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_shards_path(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny corpus, packed with a vocabulary of 320."""
-    from regmix.data.pack import pack
+    from regmix.data.packing.pack import pack
 
     out = tmp_path_factory.mktemp("packed") / "shards"
     pack([tiny_corpus], out, train_bpe=320, valid_fraction=0.15)

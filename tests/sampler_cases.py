@@ -15,7 +15,7 @@ from hypothesis import assume, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from regmix.data.sampler import MixtureSampler, available_backends
+from regmix.data.sampling.sampler import MixtureSampler, available_backends
 
 FAST = "numba" if "native" not in available_backends() else "native"
 quick = settings(max_examples=40, deadline=None)

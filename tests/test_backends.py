@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sampler_cases import FakeShards, normalised, sampler, weight
 
-from regmix.data import backends, order
-from regmix.data.sampler import MixtureSampler, available_backends
+from regmix.data.sampling import backends, order
+from regmix.data.sampling.sampler import MixtureSampler, available_backends
 from regmix.errors import ConfigError
 
 NATIVE: Any = (

@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from regmix.data.corpus import (
+from regmix.data.packing.corpus import (
     Source,
     Tally,
     choose_sides,
@@ -20,7 +20,7 @@ from regmix.data.corpus import (
     read_documents,
     side_of,
 )
-from regmix.data.readers import Meter, _chunks
+from regmix.data.packing.readers import Meter, _chunks
 from regmix.errors import ConfigError, CorpusError, StorageError
 
 TEXTS = ["first\nwith lines", "zweites Dokument: äöü", "3 \U0001f600", "  kept as it is \r\n"]

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from regmix.data import blocks
-from regmix.data.description import describe, render
-from regmix.data.foreign import ForeignSet, record_checksums
-from regmix.data.sampler import MixtureSampler
+from regmix.data.foreign.description import describe, render
+from regmix.data.foreign.token_set import ForeignSet, record_checksums
+from regmix.data.sampling.sampler import MixtureSampler
 from regmix.data.shards import ShardSet
 from regmix.errors import ConfigError, RegmixError, ShardError, StudyError
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from regmix.data.litpkds import missing_chunk, read_litpkds
-from regmix.data.megatron import read_megatron, read_offsets
-from regmix.data.raw_tokens import read_npy, read_raw
-from regmix.data.token_bytes import token_byte_lengths
+from regmix.data.foreign.litpkds import missing_chunk, read_litpkds
+from regmix.data.foreign.megatron import read_megatron, read_offsets
+from regmix.data.foreign.raw_tokens import read_npy, read_raw
+from regmix.data.foreign.token_bytes import token_byte_lengths
 from regmix.errors import ShardError
 
 # Documents [5 6 7 0], [8 9 10 | 11 12 0] (two sequences) and [13 0] as IndexedDatasetBuilder of

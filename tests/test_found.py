@@ -11,8 +11,8 @@ from random import Random
 import pytest
 
 from regmix.data import found as found_module
-from regmix.data.corpus import find_sources
 from regmix.data.found import MAX_CHARACTERS, MIN_CHARACTERS, FoundDomain, collect
+from regmix.data.packing.corpus import find_sources
 from regmix.data.problems import KINDS, problem_documents
 
 MAX_BYTES = 250_000

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from regmix.cli.inspect import command
 from regmix.data.inventory import budget_rows, escape, sample_texts
 from regmix.data.mixtures import write_mixture_yaml
-from regmix.data.sampler import MixtureSampler
+from regmix.data.sampling.sampler import MixtureSampler
 from regmix.data.shards import ShardSet
 from regmix.errors import ConfigError, MixtureError, ShardError
 
@@ -61,7 +61,7 @@ def test_the_overview_names_tokenizer_settings_and_sources(tiny_shards_path: Pat
 
 
 def test_records_left_out_are_shown_by_reason(tmp_path: Path) -> None:
-    from regmix.data.pack import pack
+    from regmix.data.packing.pack import pack
 
     lines = [json.dumps({"text": f"some words of document {n}"}) for n in range(40)]
     lines += ["no json", json.dumps({"text": "   "}), json.dumps({"text": ""})]

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sampler_cases import few, mixtures, normalised, quick
 
-from regmix.data import order
-from regmix.data.backends import available_backends, load_backend
+from regmix.data.sampling import order
+from regmix.data.sampling.backends import available_backends, load_backend
 from regmix.errors import MixtureError
 
 # --- weights ---

@@ -20,10 +20,12 @@ from click.testing import CliRunner
 from pack_corpora import content, lines, put, texts
 
 from regmix.cli.pack import command
-from regmix.data import pack as pack_module
-from regmix.data import pack_plan, readers, writer
-from regmix.data.corpus import Tally, find_sources, read_documents, side_of
-from regmix.data.pack import pack
+from regmix.data import writer
+from regmix.data.packing import pack as pack_module
+from regmix.data.packing import plan as pack_plan
+from regmix.data.packing import readers
+from regmix.data.packing.corpus import Tally, find_sources, read_documents, side_of
+from regmix.data.packing.pack import pack
 from regmix.data.shards import ShardSet
 from regmix.data.tokenizer import LARGEST_BPE, SMALLEST_BPE
 from regmix.errors import ConfigError, CorpusError, ShardError, StorageError, TokenizerError

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from pack_corpora import content, lines, put, texts
 
 from regmix.cli.pack import command
-from regmix.data import assembly, encoder, units
-from regmix.data.dedup import SeenDocuments
-from regmix.data.pack import PackReport, pack
+from regmix.data.packing import assembly, encoder, units
+from regmix.data.packing.dedup import SeenDocuments
+from regmix.data.packing.pack import PackReport, pack
 from regmix.data.shards import ShardSet
 from regmix.errors import ConfigError, CorpusError
 

@@ -12,15 +12,15 @@ import pytest
 import tokenizers
 from pack_corpora import content, lines, put, texts
 
-from regmix.data import lanes
-from regmix.data.corpus import Tally, find_sources, read_documents
-from regmix.data.encoder import EngineDiffers
-from regmix.data.encoder_pool import _error, describe_error
-from regmix.data.engines import FAST, FastEngine, ReferenceEngine, choose_engine, probes
-from regmix.data.pack import pack
+from regmix.data.packing import lanes
+from regmix.data.packing.corpus import Tally, find_sources, read_documents
+from regmix.data.packing.encoder import EngineDiffers
+from regmix.data.packing.encoder_pool import _error, describe_error
+from regmix.data.packing.engines import FAST, FastEngine, ReferenceEngine, choose_engine, probes
+from regmix.data.packing.pack import pack
+from regmix.data.packing.units import UnitWriter
 from regmix.data.shards import ShardSet
 from regmix.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
-from regmix.data.units import UnitWriter
 from regmix.errors import ConfigError, CorpusError, TokenizerError
 
 pytest.importorskip("fastokens")

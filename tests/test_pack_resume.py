@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 from pack_corpora import content, lines, put, texts
 
-from regmix.data import assembly, lanes, pack_run, replacement
-from regmix.data.pack import pack
+from regmix.data.packing import assembly, lanes, replacement
+from regmix.data.packing import run as pack_run
+from regmix.data.packing.pack import pack
+from regmix.data.packing.units import UnitWriter
 from regmix.data.shards import ShardSet
-from regmix.data.units import UnitWriter
 from regmix.errors import CorpusError, ShardError, StorageError
 
 

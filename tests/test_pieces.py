@@ -12,10 +12,10 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from regmix.data import long_texts
-from regmix.data.documents import MALFORMED, Refusal, line_documents, text_document
-from regmix.data.long_texts import LongText, json_text, split_long_strings, utf8_text
-from regmix.data.pieces import _PATTERNS, cut_pattern, pieces
+from regmix.data.packing import long_texts
+from regmix.data.packing.documents import MALFORMED, Refusal, line_documents, text_document
+from regmix.data.packing.long_texts import LongText, json_text, split_long_strings, utf8_text
+from regmix.data.packing.pieces import _PATTERNS, cut_pattern, pieces
 from regmix.data.tokenizer import load_tokenizer, train_bpe
 
 PARTS = [

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from regmix.data.documents import TOO_LONG, Refusal, line_documents
-from regmix.data.readers import Block, line_blocks
+from regmix.data.packing.documents import TOO_LONG, Refusal, line_documents
+from regmix.data.packing.readers import Block, line_blocks
 
 PIECES = st.sampled_from(
     [b"\n", b"\r\n", b"{}", b'{"text": "a"}', b'{"text": ""}', b"x", b" ", b"\xff"]

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sampler_cases import MIXTURE, FakeShards, few, mixtures, normalised, quick, sampler
 
-from regmix.data.backends import available_backends
-from regmix.data.dealer import SNAPSHOT_STEPS
+from regmix.data.sampling.backends import available_backends
+from regmix.data.sampling.dealer import SNAPSHOT_STEPS
 from regmix.errors import MixtureError
 
 

@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sampler_cases import FAST, MIXTURE, FakeShards, no_longer_than, sampler
 
-from regmix.data.order import NEVER, RELEASE
-from regmix.data.ring import BatchRing
-from regmix.data.sampler import MixtureSampler, StackSampler
+from regmix.data.sampling.order import NEVER, RELEASE
+from regmix.data.sampling.ring import BatchRing
+from regmix.data.sampling.sampler import MixtureSampler, StackSampler
 from regmix.errors import ConfigError
 
 BACKENDS = sorted({FAST, "numpy"})

@@ -21,8 +21,8 @@ from sampler_cases import (
     sampler,
 )
 
-from regmix.data import order
-from regmix.data.sampler import StackSampler
+from regmix.data.sampling import order
+from regmix.data.sampling.sampler import StackSampler
 from regmix.errors import ConfigError, MixtureError, ShardError
 
 # --- what it refuses ---

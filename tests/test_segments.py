@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sampler_cases import MIXTURE, SHARDS, few, quick, sampler
 
-from regmix.data.backends import available_backends
-from regmix.data.dealer import SNAPSHOT_STEPS
-from regmix.data.ring import BatchRing
-from regmix.data.sampler import MixtureSampler
+from regmix.data.sampling.backends import available_backends
+from regmix.data.sampling.dealer import SNAPSHOT_STEPS
+from regmix.data.sampling.ring import BatchRing
+from regmix.data.sampling.sampler import MixtureSampler
 from regmix.errors import ConfigError, MixtureError
 
 Schedule = list[tuple[int, Mapping[str, float]]]

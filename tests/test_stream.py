@@ -15,8 +15,8 @@ import torch
 from sampler_cases import MIXTURE, SHARDS, no_longer_than, sampler
 from torch.utils.data import DataLoader
 
-from regmix.data.sampler import MixtureSampler
-from regmix.data.stream import MixtureDataset
+from regmix.data.sampling.sampler import MixtureSampler
+from regmix.data.sampling.stream import MixtureDataset
 from regmix.errors import ConfigError, MixtureError
 
 if TYPE_CHECKING:

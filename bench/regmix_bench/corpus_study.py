@@ -21,7 +21,7 @@ import numpy as np
 
 from regmix.cli.words import training_from
 from regmix.data.mixtures import Mixture, MixtureTable, write_mixture_yaml
-from regmix.data.pack import pack
+from regmix.data.packing.pack import pack
 from regmix.data.shards import ShardSet
 from regmix.decision.optimum import Optimum, optimize
 from regmix.decision.runs import Runs, read_runs

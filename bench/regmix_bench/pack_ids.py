@@ -23,8 +23,14 @@ def compare(corpus: Path, tokenizer: Path, out: Path) -> tuple[int, int]:
     """Return the documents and tokens that were compared; `RuntimeError` at a difference."""
     import tokenizers
 
-    from regmix.data.corpus import Tally, choose_sides, find_sources, read_documents, side_of
-    from regmix.data.pack import pack
+    from regmix.data.packing.corpus import (
+        Tally,
+        choose_sides,
+        find_sources,
+        read_documents,
+        side_of,
+    )
+    from regmix.data.packing.pack import pack
     from regmix.data.shards import ShardSet
 
     pack([corpus], out, tokenizer=tokenizer, engine="fast")

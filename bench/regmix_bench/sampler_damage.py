@@ -24,7 +24,7 @@ SEQ_LEN = 64
 
 def read_all(shards: Path, domain: str) -> None:
     """Read every sequence of a domain once, as a training run would."""
-    from regmix.data.sampler import MixtureSampler
+    from regmix.data.sampling.sampler import MixtureSampler
     from regmix.data.shards import ShardSet
 
     sampler = MixtureSampler(

@@ -69,7 +69,7 @@ def worst_error(num_domains: int, seed: int, num_sequences: int) -> float:
 
     Batches of one sequence: so each prefix of the dealing order is the end of a step.
     """
-    from regmix.data.sampler import MixtureSampler
+    from regmix.data.sampling.sampler import MixtureSampler
 
     weights = draw_weights(num_domains, seed)
     sampler = MixtureSampler(MadeUp(num_domains), weights, seq_len=16, batch_size=1, data_seed=seed)
@@ -122,7 +122,7 @@ def start(corpus: Corpus) -> dict[str, float]:
     """Open the shards, make the sampler, take the first batch."""
     from regmix_bench.sampler_ours import open_sampler
 
-    for module in ("regmix.data.sampler", "regmix.data.shards"):
+    for module in ("regmix.data.sampling.sampler", "regmix.data.shards"):
         importlib.import_module(module)
 
     started = time.perf_counter()
@@ -173,7 +173,7 @@ def resume_records(corpus: Corpus, steps: tuple[int, ...], repeats: int) -> list
 
 def many(num_domains: int, marks: list[int]) -> Iterator[tuple[int, float, float]]:
     """Make samplers, plan each and take its first batch; yield (number, seconds, MB) at `marks`."""
-    from regmix.data.sampler import MixtureSampler
+    from regmix.data.sampling.sampler import MixtureSampler
 
     shards = MadeUp(num_domains)
     mixtures = [draw_weights(num_domains, seed) for seed in range(50)]
@@ -236,7 +236,7 @@ def many_records(corpus: Corpus, marks: list[int], grid: tuple[int, ...]) -> lis
 
 def cold(corpus: Corpus, way: str) -> dict[str, float]:
     """Drop the pages of the shards, then read batches for some seconds."""
-    from regmix.data.ring import BatchRing
+    from regmix.data.sampling.ring import BatchRing
     from regmix_bench.sampler_ours import open_sampler
 
     sampler = open_sampler(corpus)

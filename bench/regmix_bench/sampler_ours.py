@@ -24,7 +24,7 @@ COPY_BYTES = 1 << 29
 
 def open_sampler(corpus: Corpus, backend: str = "auto") -> Any:
     """Open the shards and return their sampler."""
-    from regmix.data.sampler import MixtureSampler
+    from regmix.data.sampling.sampler import MixtureSampler
     from regmix.data.shards import ShardSet
 
     shards = ShardSet.open(corpus.shards)
@@ -47,7 +47,7 @@ def batches_of(sampler: Any, *, reuse: bool, start: int = 0) -> Iterator[Any]:
 
 def ring_of(sampler: Any, dtype: str, threads: int) -> Iterator[Any]:
     """Yield the batches of a ring."""
-    from regmix.data.ring import BatchRing
+    from regmix.data.sampling.ring import BatchRing
 
     with BatchRing(sampler, depth=8, threads=threads, dtype=np.dtype(dtype).type) as ring:
         for _, batch in ring:
@@ -79,7 +79,7 @@ def copier() -> Callable[[], float]:
 
 def gatherer(corpus: Corpus, dtype: str, threads: int) -> Callable[[], float]:
     """Return a function that gathers sequences of random ids, and gives their number."""
-    from regmix.data.backends import load_backend
+    from regmix.data.sampling.backends import load_backend
     from regmix.data.shards import ShardSet
 
     shards = ShardSet.open(corpus.shards)

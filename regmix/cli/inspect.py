@@ -89,7 +89,7 @@ def command(
 def _description(path: str) -> str:
     from pathlib import Path
 
-    from regmix.data.description import DESCRIPTION, describe, read_description, render
+    from regmix.data.foreign.description import DESCRIPTION, describe, read_description, render
     from regmix.errors import ShardError
 
     given = Path(path)
@@ -151,7 +151,7 @@ def _rows(shards: ShardSet) -> list[DomainRow]:
 
 
 def _facts(shards: ShardSet) -> dict[str, Any]:
-    from regmix.data.foreign import ForeignSet
+    from regmix.data.foreign.token_set import ForeignSet
 
     manifest = shards.manifest
     sources = [dataclasses.asdict(source) for source in manifest.sources]

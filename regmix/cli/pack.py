@@ -14,7 +14,7 @@ import click
 
 if TYPE_CHECKING:
     from regmix.data.manifest import ShardStats
-    from regmix.data.pack import PackPlan, PackReport
+    from regmix.data.packing.pack import PackPlan, PackReport
 
 NUM_SHOWN = 10  # records left out that are shown
 
@@ -107,7 +107,7 @@ def command(
       regmix-fast pack crawl/ --out shards --tokenizer tokenizer.json --dedup
       regmix-fast pack raw/ --out shards --domain web='crawl/*' --domain code='*.py.txt'
     """
-    from regmix.data.pack import pack
+    from regmix.data.packing.pack import pack
     from regmix.display import Progress, count, size
 
     with contextlib.ExitStack() as stack:

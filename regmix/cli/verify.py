@@ -37,7 +37,7 @@ def command(shards: str, threads: int | None, record: bool, as_json: bool) -> No
     Example:  regmix-fast verify shards
               regmix-fast verify lit_dataset_regmix --record
     """
-    from regmix.data.foreign import ForeignSet, record_checksums
+    from regmix.data.foreign.token_set import ForeignSet, record_checksums
     from regmix.data.shards import ShardSet
     from regmix.errors import ConfigError
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from regmix.data.manifest import ShardStats
-from regmix.data.sampler import MixtureSampler
+from regmix.data.sampling.sampler import MixtureSampler
 from regmix.data.shards import ShardSet
 from regmix.errors import ConfigError, ShardError
 

@@ -4,8 +4,8 @@
 so a truncated file is found at once; `arrays` checks every block of a domain the first time a
 process touches it, so a flipped bit is found before it is trained on.
 
-Enters: a folder written by pack.py (the layout of a file is in writer.py), or token files of
-another program (foreign.py). Leaves: read-only memory maps and counts. Does not cut sequences:
+Enters: a folder written by packing/pack.py (the layout of a file is in writer.py), or token files of
+another program (foreign/). Leaves: read-only memory maps and counts. Does not cut sequences:
 their length belongs to a run.
 """
 
@@ -151,7 +151,7 @@ class ShardSet:
     def open(cls, path: Path | str) -> ShardSet:
         """Open a folder of shards; `ShardError` where a file is missing, cut or does not belong.
 
-        A folder without a manifest may hold token files of another program: see foreign.py.
+        A folder without a manifest may hold token files of another program: see foreign/.
         """
         shards = cls.read(path)
         if early := shards.early_damage():
@@ -164,7 +164,7 @@ class ShardSet:
         """Read what says which files there are, and check none of them: for `damage`."""
         path = Path(path)
         if not (path / MANIFEST).exists():
-            from regmix.data.foreign import find_foreign
+            from regmix.data.foreign.token_set import find_foreign
 
             if (foreign := find_foreign(path)) is not None:
                 return foreign

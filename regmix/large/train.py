@@ -20,7 +20,7 @@ import xxhash
 
 from regmix.config import as_table
 from regmix.data.mixtures import Mixture, read_mixture_yaml
-from regmix.data.sampler import ORDER_VERSION, MixtureSampler
+from regmix.data.sampling.sampler import ORDER_VERSION, MixtureSampler
 from regmix.data.shards import ShardSet
 from regmix.display import count
 from regmix.errors import MixtureError, ModelError, StudyError, nearest

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from regmix.config import as_table, build
-from regmix.data.sampler import MixtureSampler, StackSampler
+from regmix.data.sampling.sampler import MixtureSampler, StackSampler
 from regmix.data.shards import ShardSet
 from regmix.data.validation import Windows, read_windows
 from regmix.errors import ModelError

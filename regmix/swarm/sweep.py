@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from regmix.data.mixtures import MixtureTable
-from regmix.data.sampler import ORDER_VERSION
+from regmix.data.sampling.sampler import ORDER_VERSION
 from regmix.data.shards import ShardSet
 from regmix.errors import StudyError
 from regmix.files import storage_errors, write_json

@@ -17,12 +17,12 @@ from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from pathlib import Path
 
-from regmix.data.documents import MALFORMED, NO_TOKEN, TOO_LONG
-from regmix.data.encoder import Encoded, EngineDiffers
-from regmix.data.encoder_pool import InlineEncoders, ProcessEncoders
-from regmix.data.readers import BLOCK_BYTES, LONG_RECORD_BYTES, Meter, read_blocks
-from regmix.data.sources import Source
-from regmix.data.units import Books, UnitWriter
+from regmix.data.packing.documents import MALFORMED, NO_TOKEN, TOO_LONG
+from regmix.data.packing.encoder import Encoded, EngineDiffers
+from regmix.data.packing.encoder_pool import InlineEncoders, ProcessEncoders
+from regmix.data.packing.readers import BLOCK_BYTES, LONG_RECORD_BYTES, Meter, read_blocks
+from regmix.data.packing.sources import Source
+from regmix.data.packing.units import Books, UnitWriter
 from regmix.errors import CorpusError
 
 FIRST_VERIFIED_BYTES = 64 << 10  # of every file

@@ -21,8 +21,8 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-from regmix.data.backends import Batch, NativeBackend, load_backend
-from regmix.data.sampler import MixtureSampler, StackSampler
+from regmix.data.sampling.backends import Batch, NativeBackend, load_backend
+from regmix.data.sampling.sampler import MixtureSampler, StackSampler
 from regmix.errors import ConfigError
 
 NO_STOP = 1 << 62

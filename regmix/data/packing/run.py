@@ -23,7 +23,8 @@ from pathlib import Path
 
 import xxhash
 
-from regmix.data.assembly import (
+from regmix.data.manifest import Manifest
+from regmix.data.packing.assembly import (
     NOTES_FOLDER,
     NUM_EXAMPLES,
     Assembler,
@@ -34,14 +35,13 @@ from regmix.data.assembly import (
     is_of,
     make_groups,
 )
-from regmix.data.encoder import EncoderSettings
-from regmix.data.encoder_pool import InlineEncoders, ProcessEncoders
-from regmix.data.engines import FAST, REFERENCE, Choice, choose_engine
-from regmix.data.lanes import DiffersIn, Lanes, Task
-from regmix.data.manifest import Manifest
-from regmix.data.sources import Source
+from regmix.data.packing.encoder import EncoderSettings
+from regmix.data.packing.encoder_pool import InlineEncoders, ProcessEncoders
+from regmix.data.packing.engines import FAST, REFERENCE, Choice, choose_engine
+from regmix.data.packing.lanes import DiffersIn, Lanes, Task
+from regmix.data.packing.sources import Source
+from regmix.data.packing.units import Books, read_books
 from regmix.data.tokenizer import Tokenizer
-from regmix.data.units import Books, read_books
 from regmix.errors import StorageError, TokenizerError
 from regmix.files import atomic_open, read_table, storage_errors, write_json
 

@@ -14,10 +14,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from regmix.data.documents import EMPTY, TOO_LONG, Refusal, block_documents, side_of
-from regmix.data.long_texts import LongText
-from regmix.data.readers import DEFAULT_MAX_BYTES, Meter, read_blocks
-from regmix.data.sources import (
+from regmix.data.packing.documents import EMPTY, TOO_LONG, Refusal, block_documents, side_of
+from regmix.data.packing.long_texts import LongText
+from regmix.data.packing.readers import DEFAULT_MAX_BYTES, Meter, read_blocks
+from regmix.data.packing.sources import (
     DEFAULT_VALID_FRACTION,
     Source,
     Sources,

@@ -10,10 +10,10 @@ import numpy as np
 import xxhash
 
 from regmix.data.blocks import BLOCK_BYTES
-from regmix.data.checksums import FileSums, ends_digest
-from regmix.data.megatron import read_offsets
+from regmix.data.foreign.checksums import FileSums, ends_digest
+from regmix.data.foreign.megatron import read_offsets
+from regmix.data.foreign.token_file import TokenFile, TokenFileError
 from regmix.data.stored_file import size_of
-from regmix.data.token_file import TokenFile, TokenFileError
 
 
 class ForeignFile:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from regmix.data.token_file import TokenFile, read_start, refuse, regular_size, token_file
+from regmix.data.foreign.token_file import TokenFile, read_start, refuse, regular_size, token_file
 
 MAGIC = b"MMIDIDX\x00\x00"
 _HEADER_BYTES = 34

@@ -18,16 +18,16 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from regmix.data.backends import Batch, available_backends, load_backend
-from regmix.data.dealer import Dealer
-from regmix.data.order import (
+from regmix.data.sampling.backends import Batch, available_backends, load_backend
+from regmix.data.sampling.dealer import Dealer
+from regmix.data.sampling.order import (
     ORDER_VERSION,
     WEIGHT_SUM,
     hash_key,
     integer_weights,
     order_table,
 )
-from regmix.data.token_store import Shards, token_store
+from regmix.data.sampling.token_store import Shards, token_store
 from regmix.errors import ConfigError, MixtureError, ShardError, nearest
 
 __all__ = [

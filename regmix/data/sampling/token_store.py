@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from regmix.data.backends import Backend, Gather
+from regmix.data.sampling.backends import Backend, Gather
 from regmix.errors import ShardError
 
 

@@ -2,7 +2,7 @@
 
 Enters: files that were found whole. Leaves: `<name>.checksums.json` beside the description, with
 the xxh3_64 of every 1 MiB block of ids and of what surrounds the ids; read back, checked against
-its own checksum. Compares nothing: foreign.py does.
+its own checksum. Compares nothing: token_set.py does.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 import xxhash
 
 from regmix.config import as_table, build
+from regmix.data.foreign.token_file import TokenFile
 from regmix.data.stored_file import size_of
-from regmix.data.token_file import TokenFile
 from regmix.errors import ConfigError, ShardError, StorageError
 from regmix.files import read_text, write_text
 

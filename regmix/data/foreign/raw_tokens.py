@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from regmix.data.token_file import TokenFile, refuse, regular_size, token_file
+from regmix.data.foreign.token_file import TokenFile, refuse, regular_size, token_file
 
 NPY_MAGIC = b"\x93NUMPY"
 _RESTORE = "Restore the file, or save it again with numpy.save"

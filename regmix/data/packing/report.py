@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from regmix.data.manifest import ShardStats, TokenizerRecord
-from regmix.data.pack_plan import PackPlan
-from regmix.data.replacement import DROPPED, PACKING
+from regmix.data.packing.plan import PackPlan
+from regmix.data.packing.replacement import DROPPED, PACKING
 from regmix.data.shards import ShardSet
 from regmix.errors import StorageError
 from regmix.files import read_json

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from regmix.data.token_file import TokenFile, read_start, refuse, regular_size, token_file
+from regmix.data.foreign.token_file import TokenFile, read_start, refuse, regular_size, token_file
 
 MAGIC = b"LITPKDS"
 HEADER_BYTES = 24

@@ -21,18 +21,18 @@ import numpy as np
 import xxhash
 
 from regmix.config import build
-from regmix.data.documents import DUPLICATE, REASONS, TRAIN, VALID
-from regmix.data.encoder import MAX_LISTED, SideTokens
-from regmix.data.lanes import Task
 from regmix.data.manifest import Manifest, ShardStats
-from regmix.data.sources import Source
-from regmix.data.units import Books, DroppedFrame, TokensFrame, read_books, read_frames
+from regmix.data.packing.documents import DUPLICATE, REASONS, TRAIN, VALID
+from regmix.data.packing.encoder import MAX_LISTED, SideTokens
+from regmix.data.packing.lanes import Task
+from regmix.data.packing.sources import Source
+from regmix.data.packing.units import Books, DroppedFrame, TokensFrame, read_books, read_frames
 from regmix.data.writer import DomainWriter
 from regmix.errors import ConfigError, CorpusError, StorageError
 from regmix.files import atomic_open, checksum, read_json, write_json
 
 if TYPE_CHECKING:
-    from regmix.data.dedup import SeenDocuments
+    from regmix.data.packing.dedup import SeenDocuments
 
 NOTES_FOLDER = ".packing"
 NUM_EXAMPLES = 20
@@ -132,7 +132,7 @@ class Assembler:
         self._seen: SeenDocuments | None = None
         self.tokens = 0
         if dedup:
-            from regmix.data.dedup import SeenDocuments
+            from regmix.data.packing.dedup import SeenDocuments
 
             self._seen = SeenDocuments()
 

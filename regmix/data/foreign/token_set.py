@@ -19,9 +19,9 @@ import numpy as np
 import xxhash
 
 from regmix.data.blocks import check_once, load
-from regmix.data.checksums import FileSums, ends_digest, read_checksums, write_checksums
-from regmix.data.counting import Counted, block_digests, count_tokens
-from regmix.data.description import (
+from regmix.data.foreign.checksums import FileSums, ends_digest, read_checksums, write_checksums
+from regmix.data.foreign.counting import Counted, block_digests, count_tokens
+from regmix.data.foreign.description import (
     DESCRIPTION,
     Description,
     Files,
@@ -29,15 +29,15 @@ from regmix.data.description import (
     paths_of,
     read_description,
 )
-from regmix.data.foreign_file import ForeignFile
-from regmix.data.litpkds import read_litpkds
+from regmix.data.foreign.entry import ForeignFile
+from regmix.data.foreign.litpkds import read_litpkds
+from regmix.data.foreign.megatron import read_megatron
+from regmix.data.foreign.raw_tokens import read_npy, read_raw
+from regmix.data.foreign.token_bytes import token_byte_lengths
+from regmix.data.foreign.token_file import TokenFile, TokenFileError
 from regmix.data.manifest import VERSION, Manifest, ShardStats, TokenizerRecord
-from regmix.data.megatron import read_megatron
-from regmix.data.raw_tokens import read_npy, read_raw
 from regmix.data.shards import ShardSet
 from regmix.data.stored_file import Damage, StoredFile, file_problem, size_of
-from regmix.data.token_bytes import token_byte_lengths
-from regmix.data.token_file import TokenFile, TokenFileError
 from regmix.data.tokenizer import Tokenizer, load_tokenizer
 from regmix.errors import ShardError
 

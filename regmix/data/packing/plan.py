@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from regmix.data.sources import Source
+from regmix.data.packing.sources import Source
 from regmix.display import size
 from regmix.errors import StorageError
 from regmix.files import free_bytes

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import xxhash
 
-from regmix.data.sources import Source
+from regmix.data.packing.sources import Source
 from regmix.errors import CorpusError
 from regmix.files import checksum, storage_errors
 

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from regmix.data.backends import Backend
-from regmix.data.order import COUNT, mix_key, start_dealing
+from regmix.data.sampling.backends import Backend
+from regmix.data.sampling.order import COUNT, mix_key, start_dealing
 from regmix.errors import ConfigError
 
 # Going back replays at most this many steps; a snapshot is 16 bytes per domain.

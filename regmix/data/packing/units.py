@@ -21,7 +21,7 @@ import numpy as np
 import xxhash
 
 from regmix.config import build
-from regmix.data.encoder import MAX_LISTED, Encoded, SideTokens
+from regmix.data.packing.encoder import MAX_LISTED, Encoded, SideTokens
 from regmix.errors import ConfigError, StorageError
 from regmix.files import storage_errors
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from regmix.data.sampler import MixtureSampler
+from regmix.data.sampling.sampler import MixtureSampler
 from regmix.errors import ConfigError
 
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from regmix.data import order
+from regmix.data.sampling import order
 from regmix.errors import ConfigError, nearest
 
 BACKENDS = ("native", "numba", "numpy")
@@ -136,7 +136,7 @@ class NumbaBackend(NumpyBackend):
     name = "numba"
 
     def __init__(self) -> None:
-        from regmix.data import _numba_order
+        from regmix.data.sampling import _numba_order
 
         self._kernels = _numba_order
 
@@ -161,7 +161,7 @@ class NumbaBackend(NumpyBackend):
 
     def gather(self) -> Gather:
         """See `Backend.gather`."""
-        from regmix.data import _numba_gather
+        from regmix.data.sampling import _numba_gather
 
         return _numba_gather.NumbaGather()
 

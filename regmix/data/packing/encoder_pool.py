@@ -1,8 +1,8 @@
 """Encoding processes, and how blocks come to them.
 
-One worker encodes in this process; more are processes of their own, `python -m
-regmix.data.encoder_process`, because parsing and hashing hold the interpreter's lock. A message is
-a line of JSON and raw bytes, over the standard streams: a worker ends with its coordinator.
+One worker encodes in this process; more are processes of their own (encoder_process.py), because
+parsing and hashing hold the interpreter's lock. A message is a line of JSON and raw bytes, over the
+standard streams: a worker ends with its coordinator.
 
 Enters: `EncoderSettings`, blocks. Leaves: futures of `Encoded` blocks. Keeps no order.
 """
@@ -25,7 +25,7 @@ from typing import IO, Any
 import numpy as np
 
 from regmix import errors
-from regmix.data.encoder import (
+from regmix.data.packing.encoder import (
     BlockEncoder,
     Dropped,
     Encoded,
@@ -33,7 +33,7 @@ from regmix.data.encoder import (
     EngineDiffers,
     SideTokens,
 )
-from regmix.data.readers import Block
+from regmix.data.packing.readers import Block
 from regmix.errors import RegmixError, StorageError
 
 PIPE_BYTES = 1 << 20  # a whole block, so that neither side waits for the other to read
@@ -227,7 +227,7 @@ def _start(settings: EncoderSettings) -> subprocess.Popen[bytes]:
         "OPENBLAS_NUM_THREADS": "1",
     }
     worker = subprocess.Popen(
-        [sys.executable, "-m", "regmix.data.encoder_process"],
+        [sys.executable, "-m", "regmix.data.packing.encoder_process"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         pipesize=PIPE_BYTES,

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from regmix.config import as_table, build, read_toml
-from regmix.data import litpkds, megatron
-from regmix.data.token_file import read_start
+from regmix.data.foreign import litpkds, megatron
+from regmix.data.foreign.token_file import read_start
 from regmix.errors import ConfigError, RegmixError, ShardError, nearest
 
 DESCRIPTION = "tokens.toml"

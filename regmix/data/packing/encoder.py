@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from regmix.data.documents import (
+from regmix.data.packing.documents import (
     NO_TOKEN,
     TOO_LONG,
     TRAIN,
@@ -28,10 +28,10 @@ from regmix.data.documents import (
     side_of,
     side_of_digest,
 )
-from regmix.data.engines import REFERENCE, Engine, ReferenceEngine, make_engine
-from regmix.data.long_texts import LongText
-from regmix.data.pieces import LONGEST_PIECE_BYTES, PIECE_CHARACTERS, cut_pattern, pieces
-from regmix.data.readers import Block
+from regmix.data.packing.engines import REFERENCE, Engine, ReferenceEngine, make_engine
+from regmix.data.packing.long_texts import LongText
+from regmix.data.packing.pieces import LONGEST_PIECE_BYTES, PIECE_CHARACTERS, cut_pattern, pieces
+from regmix.data.packing.readers import Block
 from regmix.data.tokenizer import Tokenizer
 
 ENCODE_CHARACTERS = 1 << 17  # per call: `tokenizers` takes about 100 bytes a token for its answer

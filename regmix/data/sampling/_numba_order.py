@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from regmix.data.order import (
+from regmix.data.sampling.order import (
     COUNT,
     DEADLINE,
     DEADLINE_SLACK,

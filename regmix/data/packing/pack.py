@@ -2,7 +2,7 @@
 
 1. List the files, give each a domain and a side, and say what it will cost.
 2. Load the tokenizer, or train a byte-level BPE on a bounded sample, even over the domains.
-3. Encode every file on all cores and put the documents into shards (pack_run.py). A file that is
+3. Encode every file on all cores and put the documents into shards (run.py). A file that is
    encoded is kept, so a stopped run goes on with the next one.
 4. Write the manifest last: without it the folder is not a corpus. With `force` all this happens in
    a folder inside, which then takes the place of the corpus that was there (replacement.py).
@@ -21,9 +21,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from regmix.data.assembly import NOTES_FOLDER
-from regmix.data.corpus import Source, Tally, choose_sides, find_sources, read_documents, side_of
-from regmix.data.engines import CHOICES
 from regmix.data.manifest import (
     MANIFEST,
     MANIFEST_FORMAT,
@@ -35,18 +32,18 @@ from regmix.data.manifest import (
     dtype_for,
     write_manifest,
 )
-from regmix.data.pack_plan import PackPlan, check_space, make_plan
-from regmix.data.pack_report import PackReport, make_report
-from regmix.data.pack_run import (
-    OnProgress,
-    PackJob,
-    PackResult,
-    choice_version,
-    run,
-    sole_packer,
-    write_dropped,
+from regmix.data.packing.assembly import NOTES_FOLDER
+from regmix.data.packing.corpus import (
+    Source,
+    Tally,
+    choose_sides,
+    find_sources,
+    read_documents,
+    side_of,
 )
-from regmix.data.replacement import (
+from regmix.data.packing.engines import CHOICES
+from regmix.data.packing.plan import PackPlan, check_space, make_plan
+from regmix.data.packing.replacement import (
     DROPPED,
     PACKING,
     REPLACEMENT,
@@ -54,6 +51,16 @@ from regmix.data.replacement import (
     heal,
     put_in_place,
     remove_others,
+)
+from regmix.data.packing.report import PackReport, make_report
+from regmix.data.packing.run import (
+    OnProgress,
+    PackJob,
+    PackResult,
+    choice_version,
+    run,
+    sole_packer,
+    write_dropped,
 )
 from regmix.data.shards import ShardSet
 from regmix.data.tokenizer import SEPARATOR, Tokenizer, load_tokenizer, own_parallelism

@@ -18,8 +18,14 @@ from typing import Any
 import orjson
 import xxhash
 
-from regmix.data.long_texts import LONG_BYTES, LongText, json_text, split_long_strings, utf8_text
-from regmix.data.readers import Block
+from regmix.data.packing.long_texts import (
+    LONG_BYTES,
+    LongText,
+    json_text,
+    split_long_strings,
+    utf8_text,
+)
+from regmix.data.packing.readers import Block
 
 MALFORMED, EMPTY, TOO_LONG, NO_TOKEN, DUPLICATE = (
     "malformed",

@@ -1,4 +1,4 @@
-"""The encoding process: `python -m regmix.data.encoder_process`, started by encoder_pool.py.
+"""The encoding process, started by encoder_pool.py with `python -m`.
 
 Enters, on standard input: the settings, then one message a block. Leaves, on standard output: one
 answer a block, in their order. Ends with its input.
@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import sys
 
-from regmix.data.encoder import BlockEncoder, EncoderSettings
-from regmix.data.encoder_pool import describe_error, receive, send, send_encoded
-from regmix.data.readers import Block
+from regmix.data.packing.encoder import BlockEncoder, EncoderSettings
+from regmix.data.packing.encoder_pool import describe_error, receive, send, send_encoded
+from regmix.data.packing.readers import Block
 
 
 def main() -> None:

@@ -75,7 +75,7 @@ def _fill(
 
 
 class NumbaGather:
-    """See `regmix.data.backends.Gather`."""
+    """See `regmix.data.sampling.backends.Gather`."""
 
     def __init__(self) -> None:
         self._arrays: list[NDArray[Any]] = []  # keeps the tokens mapped
