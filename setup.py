@@ -15,7 +15,14 @@ setup(
             "regmix._sampler",
             ["csrc/bindings.cpp"],
             # without these the sdist loses the headers
-            depends=["csrc/isa.hpp", "csrc/order.hpp", "csrc/gather.hpp", "csrc/ring.hpp"],
+            depends=[
+                "csrc/isa.hpp",
+                "csrc/order.hpp",
+                "csrc/check.hpp",
+                "csrc/gather.hpp",
+                "csrc/ring.hpp",
+                "csrc/third_party/xxhash.h",
+            ],
             include_dirs=["csrc"],
             cxx_std=17,
             extra_compile_args=[] if os.name == "nt" else ["-O3", "-pthread"],

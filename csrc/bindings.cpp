@@ -4,8 +4,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <iterator>
 #include <memory>
 #include <tuple>
+#include <utility>
 #include <variant>
 
 #include "gather.hpp"
@@ -63,12 +65,50 @@ auto with_type(const py::array& out, Use&& use) {
     throw std::invalid_argument("out must be int64, int32 or uint16");
 }
 
+// A check of blocks as Python describes it: see regmix/data/block_checks.py.
+struct Check : regmix::BlockCheck {
+    Check(const py::object& record, const py::array_t<std::uint64_t>& digests,
+          const py::array_t<std::uint8_t>& states, std::int64_t num_bytes)
+        : BlockCheck(record.attr("descriptor").cast<int>(),
+                     record.attr("start").cast<std::int64_t>(), num_bytes, digests.data(),
+                     reinterpret_cast<State*>(const_cast<std::uint8_t*>(states.data()))),
+          owner(record), arrays{digests, states} {}
+
+    py::object owner;
+    std::vector<py::array> arrays;
+};
+
+std::unique_ptr<Check> check_of(const py::object& record, const py::array& tokens) {
+    // No conversion: the states are written to, for all who share them.
+    const py::object digests = record.attr("digests"), states = record.attr("states");
+    const std::int64_t num_bytes = tokens.nbytes();
+    const std::int64_t blocks = ((num_bytes - 1) >> regmix::BlockCheck::kBlockBits) + 1;
+    if (!py::isinstance<py::array_t<std::uint64_t, py::array::c_style>>(digests) ||
+        !py::isinstance<py::array_t<std::uint8_t, py::array::c_style>>(states) ||
+        py::len(digests) != static_cast<std::size_t>(blocks) ||
+        py::len(states) != static_cast<std::size_t>(blocks) ||
+        !py::reinterpret_borrow<py::array>(states).writeable())
+        throw std::invalid_argument("a check holds a uint64 digest and a uint8 state a block");
+    return std::make_unique<Check>(record, digests, states, num_bytes);
+}
+
+// The domain, the file and the cure are known to Python.
+void set_error(const regmix::BlockError& error) {
+    const auto& check = static_cast<const Check&>(*error.check);
+    const py::object told = check.owner.attr("error")(error.block, error.error);
+    PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(told.ptr())), told.ptr());
+}
+
 class Gather {
   public:
-    std::int64_t add(const std::vector<py::array>& files) {
+    std::int64_t add(const std::vector<py::array>& files, const std::vector<py::object>& checks) {
+        if (!checks.empty() && checks.size() != files.size())
+            throw std::invalid_argument("checks must be one a file, or none at all");
         regmix::Domain spans;
+        std::vector<std::unique_ptr<Check>> kept;
         std::int64_t end = 0;
-        for (const py::array& tokens : files) {
+        for (std::size_t number = 0; number < files.size(); ++number) {
+            const py::array& tokens = files[number];
             const bool wide = py::isinstance<py::array_t<std::uint32_t>>(tokens);
             if (!wide && !py::isinstance<py::array_t<std::uint16_t>>(tokens))
                 throw std::invalid_argument("tokens must be uint16 or uint32");
@@ -76,8 +116,12 @@ class Gather {
                 throw std::invalid_argument("tokens must be one-dimensional and contiguous");
             end += tokens.size();
             spans.push_back({tokens.data(), wide, tokens.size(), end});
+            if (checks.empty() || checks[number].is_none()) continue;
+            kept.push_back(check_of(checks[number], tokens));
+            spans.back().check = kept.back().get();
         }
         arrays_.push_back(files);
+        std::move(kept.begin(), kept.end(), std::back_inserter(checks_));
         return core_->add(std::move(spans));
     }
 
@@ -101,6 +145,7 @@ class Gather {
 
   private:
     std::vector<std::vector<py::array>> arrays_;  // keeps the tokens mapped
+    std::vector<std::unique_ptr<Check>> checks_;
     std::shared_ptr<regmix::Gatherer> core_ = std::make_shared<regmix::Gatherer>();
 };
 
@@ -132,11 +177,11 @@ class Ring {
     Ring(const Gather& gather, const std::vector<Member>& members, std::int64_t seq_len,
          std::int64_t batch_size, std::int64_t first_row, std::int64_t num_rows,
          std::int64_t start, std::int64_t stop, std::int64_t ahead,
-         std::vector<py::array> buffers, int threads, py::object owner)
+         std::vector<py::array> buffers, int threads, bool assist, py::object owner)
         : buffers_(std::move(buffers)), owner_(std::move(owner)), step_(start) {
         if (seq_len < 1 || batch_size < 1 || first_row < 0 || num_rows < 1 ||
             first_row + num_rows > batch_size || start < 0 || stop < start || ahead < 0 ||
-            threads < 1 || members.empty() || buffers_.empty())
+            threads < (assist ? 0 : 1) || members.empty() || buffers_.empty())
             throw std::invalid_argument("a size of the ring is out of range");
         std::vector<regmix::Member> cores;
         for (const Member& member : members) cores.push_back(member_of(member));
@@ -153,7 +198,7 @@ class Ring {
                 outs.push_back(static_cast<Out*>(buffer.mutable_data()));
             }
             core_ = std::make_unique<regmix::Ring<Out>>(gather.core(), std::move(cores), shape,
-                                                        std::move(outs), threads);
+                                                        std::move(outs), threads, assist);
         });
     }
 
@@ -196,6 +241,13 @@ PYBIND11_MODULE(_sampler, module) {
     module.def("order", &order, py::arg("table").noconvert(), py::arg("dealing").noconvert(),
                py::arg("first"), py::arg("step_key"), py::arg("domains").noconvert(),
                py::arg("sequences").noconvert());
+    py::register_exception_translator([](std::exception_ptr thrown) {
+        try {
+            if (thrown) std::rethrow_exception(thrown);
+        } catch (const regmix::BlockError& error) {
+            set_error(error);
+        }
+    });
     py::enum_<regmix::Isa>(module, "Isa")
         .value("scalar", regmix::Isa::scalar)
         .value("avx2", regmix::Isa::avx2)
@@ -204,21 +256,23 @@ PYBIND11_MODULE(_sampler, module) {
     module.def("set_isa", &regmix::set_isa, "Take these vector instructions, or the best below.");
     py::class_<Gather>(module, "Gather")
         .def(py::init<>())
-        .def("add", &Gather::add, py::arg("files"))
+        .def("add", &Gather::add, py::arg("files"),
+             py::arg("checks") = std::vector<py::object>())
         .def("fill", &Gather::fill, py::arg("slots").noconvert(), py::arg("domains").noconvert(),
              py::arg("sequences").noconvert(), py::arg("seq_len"), py::arg("out").noconvert());
     py::class_<Ring>(module, "Ring")
         .def(py::init([](py::object gather, const std::vector<Member>& members,
                          std::int64_t seq_len, std::int64_t batch_size, std::int64_t first_row,
                          std::int64_t num_rows, std::int64_t start, std::int64_t stop,
-                         std::int64_t ahead, std::vector<py::array> buffers, int threads) {
+                         std::int64_t ahead, std::vector<py::array> buffers, int threads,
+                         bool assist) {
                  return std::make_unique<Ring>(gather.cast<const Gather&>(), members, seq_len,
                                                batch_size, first_row, num_rows, start, stop,
-                                               ahead, std::move(buffers), threads, gather);
+                                               ahead, std::move(buffers), threads, assist, gather);
              }),
              py::kw_only(), py::arg("gather"), py::arg("members"), py::arg("seq_len"),
              py::arg("batch_size"), py::arg("first_row"), py::arg("num_rows"), py::arg("start"),
-             py::arg("stop"), py::arg("ahead"), py::arg("buffers"), py::arg("threads"))
+             py::arg("stop"), py::arg("ahead"), py::arg("buffers"), py::arg("threads"), py::arg("assist"))
         .def("__iter__", [](py::object ring) { return ring; })
         .def("__next__", &Ring::next)
         .def("close", &Ring::close)

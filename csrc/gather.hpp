@@ -1,7 +1,8 @@
 // Tokens into rows of a batch, without Python.
 //
 // Enters: pointers to tokens per domain, and domain and sequence of every row. Leaves: rows of T+1
-// tokens as uint16, int32 or int64. Reads whatever the pointers show: who made them has checked.
+// tokens as uint16, int32 or int64. Where a file comes with a check, no token of a block is copied
+// before that block was checked; else it reads whatever the pointers show.
 //
 // A row is a random 4 KB of memory. While one is widened the next is prefetched line by line, which
 // hides most of its way from memory.
@@ -19,6 +20,7 @@
 #include <utility>
 #include <vector>
 
+#include "check.hpp"
 #include "isa.hpp"
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -35,10 +37,17 @@ struct Span {
     const void* tokens;
     bool wide;  // uint32 where true, uint16 where false
     std::int64_t length, end;
+    const BlockCheck* check = nullptr;  // none where all of it was checked before
 
     const unsigned char* at(std::int64_t offset) const {
-        return static_cast<const unsigned char*>(tokens) + offset * (wide ? 4 : 2);
+        return static_cast<const unsigned char*>(tokens) + (offset << shift());
     }
+
+    void require(std::int64_t offset, std::int64_t num) const {
+        if (check != nullptr) check->require(offset << shift(), (offset + num) << shift());
+    }
+
+    int shift() const { return wide ? 2 : 1; }
 };
 
 using Domain = std::vector<Span>;
@@ -205,6 +214,7 @@ class Gatherer {
         for (std::int64_t done = 0; done < length; ++place.span, place.offset = 0) {
             const Span& span = *place.span;
             const std::int64_t num = std::min(length - done, span.length - place.offset);
+            span.require(place.offset, num);
             const unsigned char* tokens = span.at(place.offset);
             if (!span.wide)
                 widen<std::uint16_t>(tokens, next, num, out + done);

@@ -3,7 +3,8 @@
 // Enters: the mixtures of a stack, their dealing at the first step, and one buffer per slot. Leaves:
 // the batches of steps `start` to `stop`, in order, each in a slot until the next one is taken.
 // Dealing is sequential and cheap, so one thread at a time does it, some steps ahead; gathering is the
-// work, and every thread gathers steps of its own. The bytes do not depend on their number.
+// work, and whoever is free takes the next step, a consumer that would have to wait included. The
+// bytes do not depend on who did what.
 #pragma once
 
 #include <algorithm>
@@ -87,25 +88,30 @@ class Gate {
 template <typename Out>
 class Ring {
   public:
+    // `num_threads` gather in the background; where `assist`, the consumer does too while it would
+    // have to wait.
     Ring(std::shared_ptr<const Gatherer> gatherer, std::vector<Member> members, RingShape shape,
-         std::vector<Out*> buffers, int num_threads)
+         std::vector<Out*> buffers, int num_threads, bool assist)
         : gatherer_(std::move(gatherer)), members_(std::move(members)), shape_(shape),
           buffers_(std::move(buffers)), depth_(static_cast<std::int64_t>(buffers_.size())),
           plans_(static_cast<std::size_t>(depth_ + shape.ahead)), complete_(buffers_.size()),
-          taken_(shape.start), dealt_(shape.start) {
+          slot_of_(buffers_.size()),
+          writers_(static_cast<std::size_t>(num_threads + (assist ? 1 : 0))), assist_(assist),
+          taken_(shape.start), next_(shape.start), dealt_(shape.start) {
         if (depth_ < 2) throw std::invalid_argument("a ring has at least two slots");
         const std::size_t rows = members_.size() * static_cast<std::size_t>(shape_.batch_size);
         for (Plan& plan : plans_) {
             plan.domains.resize(rows);
             plan.sequences.resize(rows);
         }
+        for (std::int64_t slot = 0; slot < depth_; ++slot) writer_of(slot).slots.push_back(slot);
         // Waking a thread takes longer than making a small batch, but a thread that spins where all
         // processors are busy keeps another from working.
         const auto processors = static_cast<int>(std::thread::hardware_concurrency());
         spins_ = num_threads < processors ? kSpins : 0;
         try {
             for (int number = 0; number < num_threads; ++number)
-                threads_.emplace_back([this, number, num_threads] { work(number, num_threads); });
+                threads_.emplace_back([this, number] { work(writers_[number]); });
         } catch (...) {  // the system has no more threads
             close();
             throw;
@@ -119,29 +125,23 @@ class Ring {
     // The slot of the next step, or -1 after the last. The slot taken before is free again. For one
     // consumer: calls may not overlap.
     std::int64_t take() {
-        if (held_) {
-            held_ = false;
+        if (held_ >= 0) {
+            Writer& writer = writer_of(std::exchange(held_, -1));
+            writer.released.store(writer.released.load() + 1);
             taken_.store(taken_.load() + 1);
             room_.open();
         }
         const std::int64_t step = taken_.load();
         if (step >= shape_.stop) return -1;
-        if (!closed_.load() && !is_complete(step)) {
-            // A consumer that has to sleep sleeps until half of the ring is full.
-            const std::int64_t last = std::min(step + depth_ / 2, shape_.stop) - 1;
-            wanted_first_.store(step);
-            wanted_last_.store(last);
-            ready_.wait(spins_, [&] {
-                return closed_.load() || (is_complete(step) && is_complete(last));
-            });
-        }
+        while (!closed_.load() && !is_complete(step))
+            if (!assist_ || !make_one(writers_.back())) wait_for(step);
         if (closed_.load()) {
             std::lock_guard lock(deal_mutex_);
             if (failure_) std::rethrow_exception(failure_);
             throw std::logic_error("the ring is closed");
         }
-        held_ = true;
-        return step % depth_;
+        held_ = slot_of_[index(step)];
+        return held_;
     }
 
     // Steps whose rows were asked of the system before they were gathered, so far.
@@ -161,6 +161,18 @@ class Ring {
         std::atomic<std::int64_t> value{-1};
     };
 
+    // Who gathers: a thread or the consumer. Everyone writes slots of his own, which stay in the
+    // cache of his processor: a buffer that two processors write by turns costs twice.
+    struct alignas(kLineBytes) Writer {
+        std::atomic<std::int64_t> released{0};  // by the consumer
+        std::int64_t claimed = 0, page_reads = 0;
+        std::vector<std::int64_t> slots;
+
+        bool has_room() const {
+            return claimed - released.load() < static_cast<std::int64_t>(slots.size());
+        }
+    };
+
     struct Plan {
         std::vector<std::int64_t> domains, sequences;  // [P x B]
     };
@@ -170,12 +182,54 @@ class Ring {
     // Steps that are read ahead after one had to wait for the disk.
     static constexpr std::int64_t kColdSteps = 256;
 
+    std::size_t index(std::int64_t step) const { return static_cast<std::size_t>(step % depth_); }
+
     bool is_complete(std::int64_t step) const {
-        return complete_[static_cast<std::size_t>(step % depth_)].value.load() == step;
+        return complete_[index(step)].value.load() == step;
+    }
+
+    Writer& writer_of(std::int64_t slot) {
+        return writers_[static_cast<std::size_t>(slot) % writers_.size()];
     }
 
     Plan& plan(std::int64_t step) {
         return plans_[static_cast<std::size_t>(step % static_cast<std::int64_t>(plans_.size()))];
+    }
+
+    void wait_for(std::int64_t step) {
+        // A consumer that only waits sleeps until half of the ring is full.
+        const std::int64_t half = assist_ ? 1 : depth_ / 2;
+        const std::int64_t last = std::min(step + half, shape_.stop) - 1;
+        wanted_first_.store(step);
+        wanted_last_.store(last);
+        ready_.wait(spins_, [&] {
+            return closed_.load() || (is_complete(step) && is_complete(last));
+        });
+    }
+
+    // Makes the next step that nobody has begun; false where there is none or no slot for it.
+    bool make_one(Writer& writer) {
+        if (!writer.has_room()) return false;
+        std::int64_t step = next_.load();
+        do {
+            if (step >= shape_.stop) return false;
+        } while (!next_.compare_exchange_weak(step, step + 1));
+        const auto number = static_cast<std::size_t>(writer.claimed++);
+        const std::int64_t slot = writer.slots[number % writer.slots.size()];
+        try {
+            // Half of what can be known ahead at a time, so that the lock is seldom taken.
+            if (dealt_.load() <= step + shape_.ahead / 2) deal_ahead(step);
+            if (closed_.load()) return false;
+            if (gather(step, slot, writer.page_reads)) cold_until_.store(step + kColdSteps);
+        } catch (...) {
+            std::lock_guard lock(deal_mutex_);
+            fail(std::current_exception());
+            return false;
+        }
+        slot_of_[index(step)] = slot;
+        complete_[index(step)].value.store(step);
+        if (step == wanted_first_.load() || step == wanted_last_.load()) ready_.open();
+        return true;
     }
 
     void deal(std::int64_t step) {
@@ -206,26 +260,13 @@ class Ring {
         member.sequence = 1;
     }
 
-    // Every thread has its own steps, and so its own slots where their number is a multiple of the
-    // threads': a buffer that two processors write by turns costs twice.
-    void work(int number, int num_threads) {
-        std::int64_t page_reads_before = page_reads();
-        try {
-            for (std::int64_t step = shape_.start + number; step < shape_.stop;
-                 step += num_threads) {
-                room_.wait(0, [&] { return closed_.load() || step < taken_.load() + depth_; });
-                if (closed_.load()) return;
-                // Half of what can be known ahead at a time, so that the lock is seldom taken.
-                if (dealt_.load() <= step + shape_.ahead / 2) deal_ahead(step);
-                if (closed_.load()) return;
-                if (gather(step, page_reads_before)) cold_until_.store(step + kColdSteps);
-                complete_[static_cast<std::size_t>(step % depth_)].value.store(step);
-                if (step == wanted_first_.load() || step == wanted_last_.load()) ready_.open();
-            }
-        } catch (...) {
-            std::lock_guard lock(deal_mutex_);
-            fail(std::current_exception());
-        }
+    void work(Writer& writer) {
+        writer.page_reads = page_reads();
+        while (!closed_.load() && next_.load() < shape_.stop)
+            if (!make_one(writer))
+                room_.wait(0, [&] {
+                    return closed_.load() || next_.load() >= shape_.stop || writer.has_room();
+                });
     }
 
     // With the lock held: whoever deals next must not go on from what failed half-way.
@@ -281,9 +322,9 @@ class Ring {
 
     // Returns whether a page had to come from the disk. To ask the system costs as much as a row, so
     // it is asked only after a step that took longer than memory does.
-    bool gather(std::int64_t step, std::int64_t& page_reads_before) {
+    bool gather(std::int64_t step, std::int64_t slot, std::int64_t& page_reads_before) {
         const auto begun = std::chrono::steady_clock::now();
-        Out* out = buffers_[static_cast<std::size_t>(step % depth_)];
+        Out* out = buffers_[static_cast<std::size_t>(slot)];
         each_member(step, [&](const Member& member, const std::int64_t* domains,
                               const std::int64_t* sequences, std::int64_t offset) {
             gatherer_->fill(member.slots.data(), static_cast<std::int64_t>(member.slots.size()),
@@ -311,7 +352,10 @@ class Ring {
     std::vector<Out*> buffers_;
     const std::int64_t depth_;
     std::vector<Plan> plans_;
-    std::vector<OwnLine> complete_;  // per slot, the step it holds
+    std::vector<OwnLine> complete_;       // of `depth` steps under way, the one that is complete
+    std::vector<std::int64_t> slot_of_;   // and its slot
+    std::vector<Writer> writers_;         // the threads, then the consumer
+    const bool assist_;
 
     int spins_ = 0;
     alignas(kLineBytes) Gate room_;
@@ -320,10 +364,11 @@ class Ring {
     // Written by the consumer: the first step not given back, and those it waits for.
     alignas(kLineBytes) std::atomic<std::int64_t> taken_;
     std::atomic<std::int64_t> wanted_first_{-1}, wanted_last_{-1};
-    bool held_ = false;
+    std::int64_t held_ = -1;  // the slot that it has
 
-    // Written by the threads: the first step not dealt, and how long to read ahead.
-    alignas(kLineBytes) std::atomic<std::int64_t> dealt_;
+    // Written by all: the first step not begun, not dealt, and how long to read ahead.
+    alignas(kLineBytes) std::atomic<std::int64_t> next_;
+    std::atomic<std::int64_t> dealt_;
     std::atomic<std::int64_t> cold_until_{0}, num_read_ahead_{0};
     std::atomic<bool> closed_{false};
 

@@ -46,10 +46,14 @@ def expected(stream: Any, start: int, stop: int, **options: Any) -> list[tuple[i
 
 
 @every_backend
-@pytest.mark.parametrize("threads", [1, 2, 3, 8])
-@pytest.mark.parametrize("depth", [2, 3, 4, 9])
-def test_threads_and_depth_change_no_byte(backend: str, threads: int, depth: int) -> None:
-    ring = BatchRing(sampler(backend=backend), stop=60, threads=threads, depth=depth)
+@pytest.mark.parametrize("threads", [0, 1, 2, 3, 8])
+@pytest.mark.parametrize("depth", [None, 2, 3, 4, 9])
+@pytest.mark.parametrize("assist", [True, False])
+def test_threads_and_depth_change_no_byte(
+    backend: str, threads: int, depth: int | None, assist: bool
+) -> None:
+    threads = max(threads, 1 - assist)
+    ring = BatchRing(sampler(backend=backend), stop=60, threads=threads, depth=depth, assist=assist)
     assert taken(ring) == expected(sampler(), 0, 60)
 
 
@@ -57,7 +61,7 @@ def test_threads_and_depth_change_no_byte(backend: str, threads: int, depth: int
 @given(
     start=st.sampled_from([0, 1, 5, 255, 256, 257, 700]),
     num_steps=st.integers(0, 20),
-    threads=st.integers(1, 4),
+    threads=st.integers(0, 4),
     depth=st.integers(2, 7),
     num_proxies=st.integers(1, 3),
     batch_size=st.integers(1, 9),
@@ -214,7 +218,8 @@ def test_a_buffer_that_cannot_be_written_is_an_error(backend: str) -> None:
     [
         ({"depth": 1}, "depth"),
         ({"buffers": [np.empty((4, 17), np.int64)]}, "depth"),
-        ({"threads": 0}, "threads"),
+        ({"threads": 0, "assist": False}, "threads"),
+        ({"threads": -1}, "threads"),
         ({"start": -1}, "start"),
         ({"rows": (0, 5)}, "rows"),
     ],
@@ -345,7 +350,11 @@ def test_hundreds_of_short_rings_never_hang(backend: str) -> None:
     for _ in range(300):
         which, stop, leave = draw.randrange(2), draw.randrange(20), draw.randrange(25)
         ring = BatchRing(
-            streams[which], stop=stop, threads=draw.randint(1, 5), depth=draw.randint(2, 6)
+            streams[which],
+            stop=stop,
+            threads=draw.randint(1, 5),
+            depth=draw.randint(2, 6),
+            assist=draw.random() < 0.5,
         )
         for step, batch in ring:
             if step == leave:

@@ -245,7 +245,7 @@ def cold(corpus: Corpus, way: str) -> dict[str, float]:
     num_steps, step, ahead = corpus.num_tokens // (SEQ_LEN * BATCH), 0, 0
     started = time.perf_counter()
     if way == "ring":
-        with BatchRing(sampler, stop=num_steps, depth=8, dtype=np.int32) as ring:
+        with BatchRing(sampler, stop=num_steps, dtype=np.int32) as ring:
             for _ in ring:
                 step += 1
                 if time.perf_counter() - started > COLD_SECONDS:

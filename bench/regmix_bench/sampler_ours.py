@@ -46,10 +46,10 @@ def batches_of(sampler: Any, *, reuse: bool, start: int = 0) -> Iterator[Any]:
 
 
 def ring_of(sampler: Any, dtype: str, threads: int) -> Iterator[Any]:
-    """Yield the batches of a ring."""
+    """Yield the batches of a ring; the thread that takes them is one of its `threads`."""
     from regmix.data.sampling.ring import BatchRing
 
-    with BatchRing(sampler, depth=8, threads=threads, dtype=np.dtype(dtype).type) as ring:
+    with BatchRing(sampler, threads=threads - 1, dtype=np.dtype(dtype).type) as ring:
         for _, batch in ring:
             yield batch
 

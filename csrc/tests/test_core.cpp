@@ -451,7 +451,7 @@ void check_ring(int threads, std::int64_t depth, bool to_the_end) {
     const Run run = any_run(corpus);
     std::vector<regmix::Member> members = run.members;
     Buffers<Out> buffers(run, depth);
-    regmix::Ring<Out> ring(corpus.gatherer, run.members, run.shape, buffers.pointers(), threads);
+    regmix::Ring<Out> ring(corpus.gatherer, run.members, run.shape, buffers.pointers(), threads, threads % 2 == 0);
     const std::int64_t stop =
         to_the_end ? run.shape.stop : run.shape.start + any(0, run.shape.stop - run.shape.start);
     Ints domains(static_cast<std::size_t>(run.shape.batch_size)), sequences(domains);
@@ -495,7 +495,7 @@ void test_a_failure_in_a_thread_reaches_the_consumer() {
         else std::fill(run.members[0].dealing.begin() + 2, run.members[0].dealing.end(), kNever);
         Buffers<std::int64_t> buffers(run, 3);
         regmix::Ring<std::int64_t> ring(corpus.gatherer, run.members, run.shape,
-                                        buffers.pointers(), threads);
+                                        buffers.pointers(), threads, threads % 2 == 0);
         const auto take_all = [&] { while (ring.take() >= 0) {} };
         if (threads % 2) CHECK(throws<std::out_of_range>(take_all));
         else CHECK(throws<std::logic_error>(take_all));
@@ -507,7 +507,7 @@ void test_a_closed_ring_gives_nothing() {
     Run run = any_run(corpus);
     run.shape.stop = run.shape.start + 30;
     Buffers<std::int64_t> buffers(run, 2);
-    regmix::Ring<std::int64_t> ring(corpus.gatherer, run.members, run.shape, buffers.pointers(), 2);
+    regmix::Ring<std::int64_t> ring(corpus.gatherer, run.members, run.shape, buffers.pointers(), 2, true);
     ring.take();
     ring.close();
     CHECK(throws<std::logic_error>([&] { ring.take(); }));
@@ -519,7 +519,7 @@ void make_a_race() {
     Run run = any_run(corpus);
     run.shape.stop = run.shape.start + 2000;
     Buffers<std::int64_t> buffers(run, 4);
-    regmix::Ring<std::int64_t> ring(corpus.gatherer, run.members, run.shape, buffers.pointers(), 2);
+    regmix::Ring<std::int64_t> ring(corpus.gatherer, run.members, run.shape, buffers.pointers(), 2, true);
     while (ring.take() >= 0)
         for (auto& array : buffers.arrays) array[0] = 1;
 }

@@ -28,6 +28,8 @@ from regmix.errors import ConfigError
 NO_STOP = 1 << 62
 # Rows whose place is known before they are gathered: enough to keep a disk busy.
 AHEAD_ROWS = 1024
+# More would leave the processor's own cache: 4 of 16 x 2049 int64 take 1 MB.
+SLOTS_PER_WRITER = 4
 
 
 class _Core(Protocol):
@@ -51,10 +53,11 @@ class BatchRing:
     """Iterate over (step, batch): `with BatchRing(sampler, stop=1000) as ring`.
 
     A batch is [B, T+1], or [P, B, T+1] for a stack, in one of `buffers`, or of `depth` buffers of
-    `dtype` made here. `rows` = (first, last + 1) are the rows of one rank, all where it is None.
-    `read_ahead` asks the disk for rows before they are gathered, where one had to wait for it. The
-    sampler stays free for other use. One consumer per ring. Raises `ConfigError` for a size out
-    of range, `ValueError` for a buffer that does not fit.
+    `dtype` made here. `threads` work in the background; with `assist`, who asks for a batch that is
+    not there makes one meanwhile, and `threads` may be 0. `rows` = (first, last + 1) are the rows
+    of one rank, all where it is None. `read_ahead` asks the disk for rows before they are gathered,
+    where one had to wait for it. The sampler stays free for other use. One consumer per ring.
+    Raises `ConfigError` for a size out of range, `ValueError` for a buffer that does not fit.
     """
 
     def __init__(
@@ -63,17 +66,20 @@ class BatchRing:
         *,
         start: int = 0,
         stop: int | None = None,
-        depth: int = 4,
+        depth: int | None = None,
         threads: int = 1,
+        assist: bool = True,
         dtype: Any = np.int64,
         rows: tuple[int, int] | None = None,
         buffers: Sequence[Batch] | None = None,
         read_ahead: bool = True,
     ) -> None:
+        if depth is None:
+            depth = SLOTS_PER_WRITER * max(1, threads + assist)
         depth = depth if buffers is None else len(buffers)
         for name, value, least in (
             ("depth", depth, 2),
-            ("threads", threads, 1),
+            ("threads", threads, 0 if assist else 1),
             ("start", start, 0),
         ):
             if value < least:
@@ -91,7 +97,8 @@ class BatchRing:
         shared = len({id(sampler.gather) for sampler in samplers}) == 1
         if shared and samplers[0].backend_name == "native":
             ahead = AHEAD_ROWS if read_ahead else 0
-            self._core = _native_core(samplers, self.buffers, start, last, threads, rows, ahead)
+            workers = (threads, assist)
+            self._core = _native_core(samplers, self.buffers, start, last, workers, rows, ahead)
         else:
             self._core = _ThreadCore(stream.copy(), self.buffers, start, last, rows)
 
@@ -124,7 +131,7 @@ def _native_core(
     buffers: Sequence[Batch],
     start: int,
     stop: int,
-    threads: int,
+    workers: tuple[int, bool],
     rows: tuple[int, int] | None,
     ahead_rows: int,
 ) -> _Core:
@@ -144,7 +151,8 @@ def _native_core(
         stop=stop,
         ahead=-(-ahead_rows // (batch_size * len(samplers))),
         buffers=list(buffers),
-        threads=threads,
+        threads=workers[0],
+        assist=workers[1],
     )
 
 
