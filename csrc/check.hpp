@@ -1,8 +1,9 @@
 // Blocks of a file compared with their checksums, each once, when a row first touches it.
 //
 // Enters: a descriptor, where the tokens lie, the XXH3_64 of every block of 1 MiB, and a byte of
-// state a block, shared with Python. Leaves: nothing, or BlockError. Reads with pread, never through
-// a map: a file that was cut is an error here and no signal. Knows no domain and no file name.
+// state a block, shared with Python. Leaves: nothing, or BlockError. Reads with pread, never
+// through a map: a file that was cut is an error here and no signal. Knows no domain and no file
+// name.
 #pragma once
 
 #include <algorithm>
@@ -58,7 +59,7 @@ class BlockCheck {
     static constexpr std::size_t kPieceBytes = 1 << 17;
 
     // Two threads may check a block at the same time: that costs less than a lock.
-    void check(std::int64_t block) const {
+    [[gnu::noinline]] void check(std::int64_t block) const {
         static thread_local std::vector<unsigned char> piece(kPieceBytes);
         XXH3_state_t digest;
         XXH3_INITSTATE(&digest);

@@ -340,7 +340,7 @@ class Ring {
 #if defined(__linux__) && defined(RUSAGE_THREAD)
         rusage usage{};
         getrusage(RUSAGE_THREAD, &usage);
-        return usage.ru_majflt;
+        return usage.ru_inblock;  // page faults and the reads of block checks alike
 #else
         return 0;
 #endif

@@ -57,7 +57,7 @@ def write_corpus(folder: Path, vocab_size: int, seed: int = 0) -> Path:
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that has touched no file: files change here faster than the clock of a disk."""
-    monkeypatch.setattr(blocks, "_CHECKED", set())
+    monkeypatch.setattr(blocks, "_CHECKED", {})
 
 
 @pytest.fixture(params=list(VOCABULARIES))
@@ -223,7 +223,7 @@ def test_a_file_that_cannot_be_read_is_named(small: Path, monkeypatch: pytest.Mo
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "preadv", broken)
-    monkeypatch.setattr(blocks, "_CHECKED", set())
+    monkeypatch.setattr(blocks, "_CHECKED", {})
     with pytest.raises(ShardError, match=r"code-0\.tokens \(domain 'code', train\): Input/output"):
         shards.arrays("train", "code")
 

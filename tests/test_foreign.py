@@ -91,7 +91,7 @@ def chunks(tiny_shards: ShardSet, tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that has touched no file."""
-    monkeypatch.setattr(blocks, "_CHECKED", set())
+    monkeypatch.setattr(blocks, "_CHECKED", {})
 
 
 def test_tokens_documents_and_bytes_are_those_of_the_packed_corpus(

@@ -87,11 +87,12 @@ def test_a_budget_is_dealt_as_the_sampler_deals_it(tiny_shards: ShardSet) -> Non
         assert row.available_sequences * 32 + 1 + row.tail_tokens == tokens
 
 
-def test_a_large_budget_is_exact_to_a_part_in_65536(tiny_shards: ShardSet) -> None:
-    mixture = {"animals": 0.5, "colours": 0.5}
-    rows = budget_rows(tiny_shards, mixture, budget_tokens=10_000_000, seq_len=16)
-    dealt = sum(row.tokens for row in rows)
-    assert 0 <= dealt - 10_000_000 < 10_000_000 / (1 << 16) + 16 * 10
+@pytest.mark.parametrize("sequences", [1, 65_537, 131_073, 200_003])
+def test_a_budget_of_any_size_is_exact(tiny_shards: ShardSet, sequences: int) -> None:
+    mixture = {"animals": 0.123457, "colours": 0.5, "numbers": 0.376543}
+    rows = budget_rows(tiny_shards, mixture, budget_tokens=16 * sequences - 3, seq_len=16)
+    plan = MixtureSampler(tiny_shards, mixture, seq_len=16, batch_size=1).plan(sequences)
+    assert {row.domain: row.sequences for row in rows} == {d: p.sequences for d, p in plan.items()}
 
 
 def test_domains_above_four_epochs_are_marked(
@@ -186,3 +187,40 @@ def test_the_description_of_others_files_is_printed_to_be_saved(
 def test_a_folder_of_nothing_known_cannot_be_described(tmp_path: Path) -> None:
     with pytest.raises(ShardError, match="no token files of another program"):
         inspect(tmp_path, "--describe")
+
+
+def test_an_unknown_split_is_named(tiny_shards_path: Path) -> None:
+    with pytest.raises(ShardError, match=r"no split 'tests' \(known: train, valid\)"):
+        inspect(tiny_shards_path, "--sample", 1, "--split", "tests")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--domain", "animals"),
+        ("--split", "train"),
+        ("--seq-len", 8),
+        ("--mixture", "uniform"),
+        ("--sample", 1, "--mixture", "uniform", "--seq-len", 8),
+        ("--sample", 1, "--budget-tokens", "1k", "--seq-len", 8),
+        ("--describe", "--json"),
+    ],
+)
+def test_an_option_without_effect_is_an_error(
+    tiny_shards_path: Path, words: tuple[object, ...]
+) -> None:
+    with pytest.raises(ConfigError, match=r"no effect|different things|not JSON"):
+        inspect(tiny_shards_path, *words)
+
+
+def test_a_sample_in_json_is_the_text_itself(tiny_shards_path: Path, tiny_shards: ShardSet) -> None:
+    words = (tiny_shards_path, "--sample", 2, "--seq-len", 40, "--domain", "colours")
+    found = answer(*words)
+    texts = sample_texts(tiny_shards, "train", "colours", num=2, seq_len=40)
+    assert [(row["sequence"], row["text"]) for row in found["sample"]] == texts
+    assert (found["split"], found["domain"], found["seq_len"]) == ("train", "colours", 40)
+
+
+def test_a_sample_says_when_there_are_no_more(tiny_shards_path: Path) -> None:
+    output = inspect(tiny_shards_path, "--sample", 10_000, "--seq-len", 40).output
+    assert "tokens: all are shown" in output

@@ -92,28 +92,28 @@ def test_a_sample_of_every_file_is_compared(corpus: Path, trained: Path, tmp_pat
     put(corpus / "web-2.jsonl", lines(large))
     put(corpus / "web-3.txt", ("one long text of many words\n" * 9000).encode())
     report = pack([corpus], tmp_path / "out", tokenizer=trained, valid_fraction=0)
-    small = sum(
+    first = sum(lanes._Quota(source.num_bytes).first for source in find_sources([corpus]).files)
+    text = sum(
         len(utf8)
         for source in find_sources([corpus]).files
-        if source.num_bytes < 40_000
         for _, utf8 in read_documents(source, Tally())
     )
-    size = sum(len(text.encode()) for text in large)
-    assert report.verified_bytes >= small + 2 * lanes.FIRST_VERIFIED_BYTES * 0.9
-    assert report.verified_bytes <= small + 3 * lanes.FIRST_VERIFIED_BYTES + 0.02 * size
+    assert 0.5 * first <= report.verified_bytes <= first + 0.02 * text
+    assert report.verified_documents >= len(find_sources([corpus]).files)
     kept = json.loads((tmp_path / "out/packing.json").read_text())
     assert kept["engine"] == FAST
     assert kept["verified_bytes"] == report.verified_bytes
 
 
 def test_of_a_large_file_three_thousandths_are_compared_evenly() -> None:
-    quota = lanes._Quota()
+    quota = lanes._Quota(100 << 20)
     asked = [quota.of(1 << 20) for _ in range(100)]
     assert asked[0] == 64 << 10
     assert min(asked[1:]) >= 0.0029 * (1 << 20)
     assert sum(asked) >= 0.003 * 100 * (1 << 20)
-    tiny = lanes._Quota()
-    assert [tiny.of(20_000) for _ in range(5)] == [20_000, 20_000, 20_000, 5536, 60]
+    small = lanes._Quota(320_000)
+    assert [small.of(16_000) for _ in range(3)] == [16_000, 4_000, 48]
+    assert lanes._Quota(0).of(5_000) == 1 << 10
 
 
 def break_engine(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[np.ndarray], object]) -> None:
@@ -184,7 +184,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 def test_a_run_goes_on_with_tokenizers_once_they_differed(
     corpus: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put(corpus / "code-7.jsonl", lines(["poison", *texts("code", 9)]))
+    put(corpus / "code-7.jsonl", lines(["poison it is"]))
     with monkeypatch.context() as patch:
         break_engine(patch, one_id)
         stop_at(patch, "web-1.jsonl")

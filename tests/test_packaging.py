@@ -62,7 +62,8 @@ def sources(folder: Path, name: str) -> set[str]:
 def test_sdist_holds_all_that_a_build_needs(sdist: set[str]) -> None:
     needed = {"pyproject.toml", "setup.py", "README.md", "LICENSE", "constraints.txt", "Makefile"}
     assert needed <= sdist
-    assert {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()} <= sdist
+    csrc = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*")}
+    assert csrc <= sdist
     assert {f"tests/{path.name}" for path in (ROOT / "tests").glob("*.py")} <= sdist
 
 
@@ -75,6 +76,7 @@ def test_wheel_installs_three_packages_and_nothing_else(wheel: set[str]) -> None
     (info,) = (name for name in top if name.endswith(".dist-info"))
     assert top - {info} == {"regmix", "regmix_kernels", "regmix_bench"}
     assert f"{info}/licenses/LICENSE" in wheel
+    assert f"{info}/licenses/csrc/third_party/LICENSE.xxhash" in wheel
 
 
 def test_wheel_holds_every_module_and_template(wheel: set[str]) -> None:

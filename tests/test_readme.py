@@ -54,8 +54,9 @@ def test_every_command_of_the_readme_runs(
         assert (Path("study") / name).stat().st_size > 0
     assert Path("blend.txt").stat().st_size > 0
     assert (Path("optimum-hf") / "config.json").exists()
-    (code,) = blocks("python")
-    exec(compile(code, "README.md", "exec"), {})
+    names: dict[str, object] = {}
+    for code in blocks("python"):
+        exec(compile(code, "README.md", "exec"), names)
 
 
 def test_the_make_targets_of_the_readme_exist() -> None:

@@ -302,3 +302,28 @@ def test_rows_that_the_batch_does_not_have_are_an_error(rows: tuple[int, int]) -
 def test_a_stack_gives_the_rows_of_a_rank() -> None:
     stack = StackSampler([sampler(MIXTURE), sampler({"web": 1.0})])
     assert np.array_equal(stack.batch(9, rows=(1, 3)), stack.batch(9)[:, 1:3])
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seq_len": "128"}, "seq_len is '128'"),
+        ({"batch_size": 4.0}, "batch_size is 4.0"),
+        ({"shards": "shards"}, "shards is 'shards'"),
+        ({"mixture": "natural"}, "mixture is 'natural'"),
+        ({"mixture": [(0, 1.0)]}, "mixture is"),
+    ],
+    ids=str,
+)
+def test_an_argument_of_another_kind_is_an_error_that_names_it(
+    change: dict[str, Any], named: str
+) -> None:
+    mixture = change.pop("mixture", MIXTURE)
+    with pytest.raises(ConfigError, match=named):
+        sampler(mixture, **change)
+
+
+def test_a_torch_tensor_as_out_is_an_error_that_says_what_to_give() -> None:
+    torch = pytest.importorskip("torch")
+    with pytest.raises(ValueError, match=r"\.numpy\(\)"):
+        sampler().batch(0, out=torch.empty(4, 17, dtype=torch.int64))

@@ -18,7 +18,7 @@ from regmix.errors import ConfigError, ShardError
 
 @pytest.fixture
 def copy(tiny_shards_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(blocks, "_CHECKED", set())
+    monkeypatch.setattr(blocks, "_CHECKED", {})
     return shutil.copytree(tiny_shards_path, tmp_path / "shards")
 
 
@@ -126,3 +126,17 @@ def test_damaged_files_are_not_recorded(arrays: Path) -> None:
 def test_packed_shards_need_no_recording(copy: Path) -> None:
     with pytest.raises(ConfigError, match="Leave --record out"):
         verify(copy, "--record")
+
+
+def test_a_file_that_is_cut_does_not_count_as_checked(copy: Path) -> None:
+    path = copy / "train/animals-0.tokens"
+    path.write_bytes(path.read_bytes()[:-8])
+    whole = json.loads(verify(copy, "--json").stdout)
+    assert whole["files"] == 5
+    assert "1 problem in 1 file; checked 5 files" in verify(copy).output
+
+
+def test_json_has_the_same_fields_for_all_token_files(copy: Path, arrays: Path) -> None:
+    packed, foreign = (json.loads(verify(path, "--json").stdout) for path in (copy, arrays))
+    assert packed.keys() == foreign.keys()
+    assert (packed["not_checked"], packed["recorded"]) == ("", None)

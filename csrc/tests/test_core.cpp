@@ -4,12 +4,14 @@
 // `test_core overrun` do what a sanitizer must report, which shows that it looks at this code.
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "gather.hpp"
@@ -370,6 +372,114 @@ void test_gather_refuses_what_is_not_there() {
         [&] { corpus.gatherer->fill(&slot, 1, &zero, &zero, 1, 8, narrow.data()); }));
 }
 
+// --- the check of blocks ---
+
+// A file of tokens with its checksums; `read` is what a map of it shows.
+struct Stored {
+    static constexpr std::int64_t kStart = 4096;
+    std::vector<unsigned char> read;
+    std::vector<std::uint64_t> digests;
+    std::vector<regmix::BlockCheck::State> states;
+    std::FILE* file = std::tmpfile();
+    std::unique_ptr<regmix::BlockCheck> check;
+
+    explicit Stored(std::int64_t num_bytes)
+        : read(static_cast<std::size_t>(num_bytes)),
+          states(static_cast<std::size_t>((num_bytes + kBlock - 1) / kBlock)) {
+        for (auto& byte : read) byte = static_cast<unsigned char>(random_bits());
+        for (std::int64_t at = 0; at < num_bytes; at += kBlock) {
+            const auto size = static_cast<std::size_t>(std::min(kBlock, num_bytes - at));
+            digests.push_back(XXH3_64bits(read.data() + at, size));
+        }
+        CHECK(file != nullptr);
+        write(0, read.data(), read.size());
+        check = std::make_unique<regmix::BlockCheck>(fileno(file), kStart, num_bytes,
+                                                     digests.data(), states.data());
+    }
+
+    Stored(const Stored&) = delete;
+    Stored& operator=(const Stored&) = delete;
+    ~Stored() { std::fclose(file); }
+
+    void write(std::int64_t at, const unsigned char* bytes, std::size_t num) const {
+        CHECK(pwrite(fileno(file), bytes, num, kStart + at) == static_cast<ssize_t>(num));
+    }
+
+    void flip(std::int64_t at) const {
+        const auto changed = static_cast<unsigned char>(read[static_cast<std::size_t>(at)] ^ 16);
+        write(at, &changed, 1);
+    }
+
+    regmix::Span span(bool wide, std::int64_t before) const {
+        const auto length = static_cast<std::int64_t>(read.size()) / (wide ? 4 : 2);
+        return {read.data(), wide, length, before + length, check.get()};
+    }
+
+    static constexpr std::int64_t kBlock = std::int64_t{1} << 20;
+};
+
+// What `fill` says of a row of 1000 tokens and a label: the damaged block, or -1.
+std::int64_t damaged_block(const regmix::Gatherer& gatherer, std::int64_t slot, std::int64_t row,
+                           std::vector<std::int64_t>& out) {
+    const std::int64_t zero = 0;
+    try {
+        gatherer.fill(&slot, 1, &zero, &row, 1, 1000, out.data());
+    } catch (const regmix::BlockError& error) {
+        return error.block;
+    }
+    return -1;
+}
+
+void test_no_token_of_a_damaged_block_is_copied() {
+    const Stored narrow(2 * Stored::kBlock + 777'776), wide(Stored::kBlock + 44'444);
+    const std::int64_t first = static_cast<std::int64_t>(narrow.read.size()) / 2;
+    narrow.flip(2 * Stored::kBlock);  // the first byte of a block that is short
+    wide.flip(Stored::kBlock - 1);
+    regmix::Gatherer gatherer;
+    const std::int64_t slot = gatherer.add({narrow.span(false, 0), wide.span(true, first)});
+    const std::int64_t rows = (first + static_cast<std::int64_t>(wide.read.size()) / 4 - 1) / 1000;
+    for (std::int64_t row = 0; row < rows; ++row) {
+        std::vector<std::int64_t> out(1001, -1);
+        const std::int64_t begin = row * 1000, end = begin + 1001;
+        // Two blocks of 2-byte tokens, one of 4-byte tokens.
+        const bool hits_narrow = begin < first && end > Stored::kBlock;
+        const bool hits_wide = end > first && begin < first + Stored::kBlock / 4;
+        const std::int64_t expected = hits_narrow ? 2 : hits_wide ? 0 : -1;
+        CHECK(damaged_block(gatherer, slot, row, out) == expected);
+        if (hits_narrow) CHECK(out[0] == -1);
+        if (expected == -1) CHECK(std::count(out.begin(), out.end(), -1) == 0);
+    }
+    CHECK(narrow.states[0].load() == 1 && narrow.states[1].load() == 1);
+    CHECK(narrow.states[2].load() == 0 && wide.states[0].load() == 0);
+    CHECK(wide.states[1].load() == 1);
+}
+
+void test_a_cut_file_is_an_error() {
+    const Stored stored(Stored::kBlock + 10'000);
+    regmix::Gatherer gatherer;
+    const std::int64_t slot = gatherer.add({stored.span(false, 0)});
+    CHECK(ftruncate(fileno(stored.file), Stored::kStart + Stored::kBlock + 9'999) == 0);
+    std::vector<std::int64_t> out(1001, -1);
+    CHECK(damaged_block(gatherer, slot, 0, out) == -1);
+    CHECK(damaged_block(gatherer, slot, 524, out) == 1);
+}
+
+void test_threads_check_blocks_side_by_side() {
+    const Stored stored(2 * Stored::kBlock);
+    regmix::Gatherer gatherer;
+    const std::int64_t slot = gatherer.add({stored.span(false, 0)});
+    std::atomic<int> found{0};
+    std::vector<std::thread> threads;
+    for (int number = 0; number < 3; ++number)
+        threads.emplace_back([&] {
+            std::vector<std::int64_t> out(1001);
+            for (std::int64_t row = 0; row < 1048; ++row)
+                found += damaged_block(gatherer, slot, row, out) == -1;
+        });
+    for (auto& thread : threads) thread.join();
+    CHECK(found == 3 * 1048);
+}
+
 // --- the ring ---
 
 struct Run {
@@ -547,6 +657,9 @@ int main(int count, char** words) {
     test_widen_is_a_conversion_at_every_length_and_place();
     test_gather_is_the_tokens_across_files();
     test_gather_refuses_what_is_not_there();
+    test_no_token_of_a_damaged_block_is_copied();
+    test_a_cut_file_is_an_error();
+    test_threads_check_blocks_side_by_side();
     test_rings_of_any_shape_give_order_and_fill();
     test_a_failure_in_a_thread_reaches_the_consumer();
     test_a_closed_ring_gives_nothing();

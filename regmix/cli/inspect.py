@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     "--mixture", default="natural", show_default=True, help="natural, uniform, or a mixture's file."
 )
 @click.option("--describe", is_flag=True, help="Print the tokens.toml of another program's files.")
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
 def command(
     shards: str,
     sample: int | None,
@@ -56,34 +56,80 @@ def command(
     from regmix.data.inventory import budget_rows, sample_texts
     from regmix.data.shards import ShardSet
 
+    _refuse_unused()
     if describe:
         click.echo(_description(shards), nl=False)
         return
     opened = ShardSet.open(shards)
     length = seq_len or 2048
-    answer: dict[str, Any] = {}
+    answer: dict[str, Any] = {"path": str(opened.path), "checksum": opened.checksum}
     if sample is not None:
-        chosen = domain if domain is not None else opened.domains(split)[0]
-        answer["sample"] = sample_texts(opened, split, chosen, num=sample, seq_len=length)
-        answer["domain"] = chosen
+        chosen = domain if domain is not None else _first_domain(opened, split)
+        texts = sample_texts(opened, split, chosen, num=sample, seq_len=length)
+        answer.update(split=split, domain=chosen, seq_len=length)
+        answer["sample"] = [{"sequence": number, "text": text} for number, text in texts]
     elif budget_tokens is not None:
         weights, budget = _mixture(opened, mixture), _count(budget_tokens)
-        answer["budget_tokens"] = budget
-        answer["seq_len"], answer["mixture"] = length, mixture
+        answer.update(budget_tokens=budget, seq_len=length, mixture=mixture)
         answer["plan"] = budget_rows(opened, weights, budget_tokens=budget, seq_len=length)
     else:
-        answer = {**_facts(opened), "domains": _rows(opened)}
+        answer.update(_facts(opened), domains=_rows(opened))
     if as_json:
         click.echo(json.dumps(answer, default=dataclasses.asdict))
         return
     if sample is not None:
-        _show_sample(answer["sample"], answer["domain"], split, length)
+        _show_sample(texts, answer, sample)
     elif budget_tokens is not None:
         _show_budget(answer["plan"], answer["budget_tokens"], mixture, length)
     else:
         _show_domains(answer["domains"])
         _show_facts(answer)
     click.echo(f"Next: regmix-fast mixtures STUDY --shards {shards} --num 64")
+
+
+_VIEWS = ("sample", "budget_tokens", "describe")  # one at a time
+_SERVES = {
+    "domain": ("sample",),
+    "split": ("sample",),
+    "seq_len": ("sample", "budget_tokens"),
+    "mixture": ("budget_tokens",),
+}
+
+
+def _refuse_unused() -> None:
+    """Raise `ConfigError` where an option would have no effect."""
+    from click.core import ParameterSource
+
+    from regmix.errors import ConfigError
+
+    context = click.get_current_context()
+    unset = (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
+    given = [name for name in context.params if context.get_parameter_source(name) not in unset]
+    word = {str(option.name): option.opts[0] for option in context.command.params}
+    views = [name for name in _VIEWS if name in given]
+    if len(views) > 1:
+        raise ConfigError(
+            f"{' and '.join(word[name] for name in views)} show different things",
+            cure="Ask for one at a time",
+        )
+    if {"describe", "as_json"} <= set(given):
+        raise ConfigError("--describe prints TOML, not JSON", cure="Leave --json out")
+    for name in given:
+        served = _SERVES.get(name)
+        if served is not None and not set(views) & set(served):
+            cure = f"Give {' or '.join(word[use] for use in served)}, or leave it out"
+            raise ConfigError(f"{word[name]} has no effect here", cure=cure)
+
+
+def _first_domain(shards: ShardSet, split: str) -> str:
+    from regmix.errors import ShardError, nearest
+
+    if not shards.domains(split):
+        raise ShardError(
+            f"{shards.path}: no split '{split}' ({nearest(split, shards.splits)})",
+            cure="Name a split that is there",
+        )
+    return shards.domains(split)[0]
 
 
 def _description(path: str) -> str:
@@ -156,8 +202,6 @@ def _facts(shards: ShardSet) -> dict[str, Any]:
     manifest = shards.manifest
     sources = [dataclasses.asdict(source) for source in manifest.sources]
     facts = {
-        "path": str(shards.path),
-        "checksum": shards.checksum,
         "dtype": shards.dtype,
         "tokenizer": dataclasses.asdict(manifest.tokenizer),
         "settings": dict(manifest.settings),
@@ -170,14 +214,20 @@ def _facts(shards: ShardSet) -> dict[str, Any]:
 
 
 def _show_domains(rows: Sequence[DomainRow]) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     from regmix.display import console, count, size
 
     for split in dict.fromkeys(row.split for row in rows):
-        table = Table(title=f"{split}, documents' lengths in tokens", title_justify="left")
+        table = Table(
+            title=f"{split}, documents' lengths in tokens",
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+        )
         table.add_column("domain", no_wrap=True)
-        for name in ("documents", "tokens", "bytes/token", "mean", "median", "files", "size"):
+        for name in ("documents", "tokens", "bytes per token", "mean", "median", "files", "size"):
             table.add_column(name, justify="right")
         for row in rows:
             if row.split != split:
@@ -187,8 +237,8 @@ def _show_domains(rows: Sequence[DomainRow]) -> None:
                 f"{row.documents:,}",
                 count(row.tokens),
                 "unknown" if row.bytes_per_token is None else f"{row.bytes_per_token:.2f}",
-                f"{row.mean_tokens:,.0f}",
-                f"{row.median_tokens:,.0f}",
+                count(row.mean_tokens),
+                count(row.median_tokens),
                 f"{row.files:,}",
                 size(row.file_bytes),
             )
@@ -226,6 +276,7 @@ def _show_facts(answer: dict[str, Any]) -> None:
 
 
 def _show_budget(plan: Sequence[BudgetRow], budget: int, mixture: str, seq_len: int) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     from regmix.data.inventory import MOST_EPOCHS
@@ -233,23 +284,25 @@ def _show_budget(plan: Sequence[BudgetRow], budget: int, mixture: str, seq_len: 
 
     dealt = sum(row.sequences for row in plan)
     table = Table(
-        title=f"{count(budget)} tokens of the mixture '{mixture}': {dealt:,} sequences of "
-        f"{seq_len:,} tokens",
+        title=f"{count(budget)} tokens of the mixture '{mixture}': {dealt:,} "
+        f"{'sequence' if dealt == 1 else 'sequences'} of {seq_len:,} tokens",
         title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     headings = ("weight", "tokens", "sequences", "there are", "epochs", "tail tokens")
-    table.add_column("domain")
+    table.add_column("domain", no_wrap=True)
     for name in headings:
         table.add_column(name, justify="right")
     for row in plan:
-        mark = "  !" if row.epochs > MOST_EPOCHS else ""
+        mark = " !" if row.epochs > MOST_EPOCHS else ""
         table.add_row(
             row.domain + mark,
             f"{row.weight:.2%}",
             count(row.tokens),
             f"{row.sequences:,}",
             f"{row.available_sequences:,}",
-            f"{row.epochs:.2f}",
+            "<0.01" if 0 < row.epochs < 0.005 else f"{row.epochs:,.2f}",
             f"{row.tail_tokens:,}",
         )
     console().print(table)
@@ -262,8 +315,13 @@ def _show_budget(plan: Sequence[BudgetRow], budget: int, mixture: str, seq_len: 
     )
 
 
-def _show_sample(texts: Sequence[tuple[int, str]], domain: str, split: str, seq_len: int) -> None:
+def _show_sample(texts: Sequence[tuple[int, str]], answer: Mapping[str, Any], asked: int) -> None:
+    from regmix.data.inventory import escape
+
+    whose, length = f"{answer['domain']} ({answer['split']})", f"{answer['seq_len']:,} tokens"
     for number, text in texts:
-        click.echo(f"--- {domain} ({split}), sequence {number:,}, {seq_len:,} tokens ---")
-        click.echo(text)
+        click.echo(f"--- {whose}, sequence {number:,}, {length} ---")
+        click.echo(escape(text))
     click.echo("---")
+    if len(texts) < asked:
+        click.echo(f"{whose} has {len(texts):,} of {length}: all are shown")

@@ -52,9 +52,9 @@ def command(shards: str, threads: int | None, record: bool, as_json: bool) -> No
     started = time.monotonic()
     damage = _check(opened, threads, started)
     answer = _answer(opened, damage, time.monotonic() - started)
-    if foreign is not None:
-        answer["not_checked"] = "" if record else foreign.not_verified
-        answer["recorded"] = str(record_checksums(foreign)) if record and not damage else None
+    answer["not_checked"] = "" if foreign is None or record else foreign.not_verified
+    written = record_checksums(foreign) if foreign and record and not damage else None
+    answer["recorded"] = None if written is None else str(written)
     if as_json:
         click.echo(json.dumps(answer))
     else:
@@ -78,7 +78,8 @@ def _check(shards: ShardSet, threads: int | None, started: float) -> list[Damage
 
 
 def _answer(shards: ShardSet, damage: list[Damage], seconds: float) -> dict[str, Any]:
-    files = shards.every_file()
+    unread = {item.path for item in damage if item.block is None}
+    files = [file for file in shards.every_file() if str(file.path) not in unread]
     num_bytes = sum(file.tokens * file.dtype.itemsize for file in files)
     return {
         "shards": str(shards.path),
@@ -105,12 +106,15 @@ def _show(answer: dict[str, Any], shards: str, damage: list[Damage]) -> None:
         f"{answer['seconds']:.1f} s, {answer['megabytes_per_second']:,.0f} MB/s"
     )
     if damage:
-        files = len({item.path for item in damage})
-        click.echo(f"Damage: {len(damage):,} problems in {files:,} files; checked {done}")
+        problems, paths = len(damage), len({item.path for item in damage})
+        click.echo(
+            f"Damage: {problems:,} {'problem' if problems == 1 else 'problems'} in {paths:,} "
+            f"{'file' if paths == 1 else 'files'}; checked {done}"
+        )
         return
-    if answer.get("not_checked"):
+    if answer["not_checked"]:
         click.echo(answer["not_checked"])
-    if recorded := answer.get("recorded"):
+    if recorded := answer["recorded"]:
         click.echo(f"Recorded: {recorded}")
     click.echo(f"Whole: {done}, checksum {answer['checksum']}")
     click.echo(f"Next: regmix-fast inspect {shards}")

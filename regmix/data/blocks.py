@@ -1,8 +1,9 @@
 """Token files checked block by block, by several threads, and mapped only as they were checked.
 
 Enters: files, each with a cheap check of its ends and a check of one block of 1 MiB. Leaves: the
-damage found, or a read-only memory map. Reads with `pread`, never through a map, so a file that is
-cut meanwhile is an error here and no signal. Knows no layout.
+damage found, or a read-only memory map, and which blocks this process has found whole. Reads with
+`pread`, never through a map, so a file that is cut meanwhile is an error here and no signal. Knows
+no layout. Files are checked whole here; block_checks.py leaves blocks to the sampler.
 
 What is left: a file that is cut in place after it was mapped ends the process with SIGBUS where
 the lost part is read, as with every memory map. Nothing of ours cuts in place; files are replaced
@@ -20,9 +21,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from regmix.data.stored_file import (
     Damage,
@@ -42,8 +44,9 @@ PATIENCE_SECONDS = 10.0  # a check that lasts longer says so on stderr
 
 Result = TypeVar("Result")
 OnBytes = Callable[[int], None]
-# Files that this process has found whole, as they were on disk at that moment.
-_CHECKED: set[tuple[str, str, Identity]] = set()
+# By file as it was on disk at that moment: 1 for every block that this process has found whole. The
+# threads of a sampler set them too.
+_CHECKED: dict[tuple[str, str, Identity], NDArray[np.uint8]] = {}
 _CHECKED_LOCK = threading.Lock()
 
 
@@ -84,11 +87,10 @@ def map_blocks(
             descriptor = os.open(file.path, os.O_RDONLY)
             try:
                 for block in range(first, last):
-                    wanted = min(BLOCK_BYTES, sizes[number] - block * BLOCK_BYTES)
-                    got = _read(descriptor, buffer[:wanted], file.start + block * BLOCK_BYTES)
-                    results[number][block] = work(number, block, buffer[:got])
+                    content = read_block(file, descriptor, block, buffer)
+                    results[number][block] = work(number, block, content)
                     with lock:
-                        done[0] += wanted
+                        done[0] += block_bytes(file, block)
                     if stopped.is_set():
                         return
             finally:
@@ -108,6 +110,17 @@ def _spans(sizes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
         blocks = num_blocks(size)
         for first in range(0, blocks, SPAN_BLOCKS):
             yield number, first, min(first + SPAN_BLOCKS, blocks)
+
+
+def block_bytes(file: StoredFile, block: int) -> int:
+    """Return the bytes of a block of tokens: the last may be short."""
+    return min(BLOCK_BYTES, file.tokens * file.dtype.itemsize - block * BLOCK_BYTES)
+
+
+def read_block(file: StoredFile, descriptor: int, block: int, buffer: memoryview) -> memoryview:
+    """Return a block of tokens, read into `buffer`; shorter where the file is cut."""
+    wanted = buffer[: block_bytes(file, block)]
+    return wanted[: _read(descriptor, wanted, file.start + block * BLOCK_BYTES)]
 
 
 def _read(descriptor: int, buffer: memoryview, position: int) -> int:
@@ -165,12 +178,7 @@ def find_damage(
     whole = [files[place] for place in kept]
 
     def check(number: int, block: int, content: memoryview) -> str | None:
-        wanted = min(
-            BLOCK_BYTES, whole[number].tokens * whole[number].dtype.itemsize - block * BLOCK_BYTES
-        )
-        if len(content) < wanted:
-            return f"block {block} is cut short: the file changed while it was read"
-        return whole[number].block_problem(block, content)
+        return block_damage(whole[number], block, content)
 
     try:
         found = map_blocks(whole, check, threads=threads, on_bytes=on_bytes)
@@ -185,9 +193,23 @@ def find_damage(
         ]
         seen = before[place]
         if not problems[place] and seen is not None:
-            with _CHECKED_LOCK:
-                _CHECKED.add((str(files[place].path), files[place].stamp, seen))
+            block_states(files[place], seen)[:] = 1
     return [damage for of_file in problems for damage in of_file]
+
+
+def block_damage(file: StoredFile, block: int, content: memoryview) -> str | None:
+    """Return what is wrong with a block that was read."""
+    if len(content) < block_bytes(file, block):
+        return f"block {block} is cut short: the file changed while it was read"
+    return file.block_problem(block, content)
+
+
+def block_states(file: StoredFile, seen: Identity) -> NDArray[np.uint8]:
+    """Return the states of a file's blocks, shared by all who check them: 1 is found whole."""
+    key = (str(file.path), file.stamp, seen)
+    fresh = np.zeros(num_blocks(file.tokens * file.dtype.itemsize), np.uint8)
+    with _CHECKED_LOCK:
+        return _CHECKED.setdefault(key, fresh)
 
 
 def check_ends(files: Sequence[StoredFile]) -> None:
@@ -213,7 +235,7 @@ def load(file: StoredFile) -> None:
 
 def check_once(files: Sequence[StoredFile]) -> None:
     """Raise `ShardError` for the first damage; files found whole before are not read again."""
-    fresh = [file for file in files if not _is_checked(file)]
+    fresh = [file for file in files if not is_checked(file)]
     if not fresh:
         return
     total = sum(file.tokens * file.dtype.itemsize for file in fresh)
@@ -222,13 +244,18 @@ def check_once(files: Sequence[StoredFile]) -> None:
         raise damage[0].error()
 
 
-def _is_checked(file: StoredFile) -> bool:
+def is_checked(file: StoredFile) -> bool:
+    """Return whether this process has found every block of a file whole, as it is on disk now."""
     try:
-        key = (str(file.path), file.stamp, identity(os.stat(file.path)))
+        return _is_whole(file, identity(os.stat(file.path)))
     except OSError:
         return False
+
+
+def _is_whole(file: StoredFile, seen: Identity) -> bool:
     with _CHECKED_LOCK:
-        return key in _CHECKED
+        states = _CHECKED.get((str(file.path), file.stamp, seen))
+    return states is not None and bool(states.all())
 
 
 def _plain_progress(domain: str, total: int) -> OnBytes:
@@ -258,27 +285,38 @@ def map_tokens(file: StoredFile, *, checked: bool) -> np.ndarray:
     Raises `ShardError` where the file is too short for it, or, if `checked`, is no longer the one
     that was found whole. A map keeps a descriptor, so many files may need the hard limit on them.
     """
+    return with_descriptors(file, lambda: _map(file, checked))
+
+
+def with_descriptors(file: StoredFile, make: Callable[[], Result]) -> Result:
+    """Return `make()`, which opens `file`, with more descriptors where they were too few.
+
+    Raises `ShardError` for any other `OSError`.
+    """
     try:
         try:
-            return _map(file, checked)
+            return make()
         except OSError as error:
             if error.errno != errno.EMFILE or not _raise_file_limit():
                 raise
-            return _map(file, checked)
+            return make()
     except OSError as error:
         raise _map_error(file, error) from error
 
 
 def _map(file: StoredFile, checked: bool) -> np.ndarray:
     with open(file.path, "rb") as stream:
-        status = os.fstat(stream.fileno())
-        with _CHECKED_LOCK:
-            whole = (str(file.path), file.stamp, identity(status)) in _CHECKED
-        if checked and not whole:
+        if checked and not _is_whole(file, identity(os.fstat(stream.fileno()))):
             raise damage_of(file, "the file changed on disk while it was checked").error()
-        if status.st_size < file.start + file.tokens * file.dtype.itemsize:
-            raise damage_of(file, f"cut short to {status.st_size} bytes").error()
-        return np.memmap(stream, file.dtype, mode="r", offset=file.start, shape=(file.tokens,))
+        return map_stream(file, stream)
+
+
+def map_stream(file: StoredFile, stream: IO[bytes]) -> np.ndarray:
+    """Return the tokens of an open file as a map; `ShardError` where it is too short."""
+    size = os.fstat(stream.fileno()).st_size
+    if size < file.start + file.tokens * file.dtype.itemsize:
+        raise damage_of(file, f"cut short to {size} bytes").error()
+    return np.memmap(stream, file.dtype, mode="r", offset=file.start, shape=(file.tokens,))
 
 
 def _raise_file_limit() -> bool:

@@ -1,7 +1,7 @@
 """What a corpus of tokens holds, and what a budget takes from it.
 
 Enters: a `ShardSet`. Leaves: a row a domain, the plan of a budget by domain, sample sequences as
-text that is safe on a terminal. Prints nothing.
+text, and text made safe for a terminal. Prints nothing.
 """
 
 from __future__ import annotations
@@ -101,14 +101,20 @@ class _Unread:
 def budget_rows(
     shards: ShardSet, mixture: Mapping[str, float], *, budget_tokens: int, seq_len: int
 ) -> list[BudgetRow]:
-    """Return what the sampler deals of each weighted domain for a budget, exactly.
+    """Return exactly what the sampler deals of each weighted domain for a budget.
 
-    The budget is rounded up to whole sequences, and above 65,536 of them to 1 part in 65,536.
+    The budget is rounded up to whole sequences.
     """
-    sequences = -(-budget_tokens // seq_len)
-    batch_size = max(1, sequences // _MOST_STEPS)  # counts do not depend on it
-    sampler = MixtureSampler(_Unread(shards), mixture, seq_len=seq_len, batch_size=batch_size)
-    plan = sampler.plan(-(-sequences // batch_size))
+    sequences, unread = -(-budget_tokens // seq_len), _Unread(shards)
+    batch_size = max(1, sequences // _MOST_STEPS)
+    large, sampler = (
+        MixtureSampler(unread, mixture, seq_len=seq_len, batch_size=size)
+        for size in (batch_size, 1)
+    )
+    # What is dealt does not depend on the batch: large ones come near the end, single ones to it.
+    steps = sequences // batch_size
+    sampler.restore({**large.state(steps), "batch_size": 1, "step": steps * batch_size})
+    plan = sampler.plan(sequences)
     total = sum(mixture.values())
     return [
         BudgetRow(
@@ -129,7 +135,7 @@ def sample_texts(
 ) -> list[tuple[int, str]]:
     """Return (number of the sequence, its text) of the first `num` that a run would read.
 
-    Control characters are written as escapes, so the text is safe on a terminal.
+    All that there are where they are fewer. `escape` makes a text safe for a terminal.
     """
     from regmix.data.tokenizer import load_tokenizer
 
@@ -151,7 +157,7 @@ def sample_texts(
     _, numbers = sampler.ids(0)
     rows = sampler.batch(0)
     return [
-        (int(number), escape(tokenizer.decode(row[:-1].tolist())))
+        (int(number), tokenizer.decode(row[:-1].tolist()))
         for number, row in zip(numbers, rows, strict=True)
     ]
 

@@ -115,6 +115,11 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
     """Return the manifest of a folder and its checksum; `ShardError` if one bit of it changed."""
     path = folder / MANIFEST
     cure = f"Pack the corpus again: regmix-fast pack CORPUS --out {folder} --force"
+    if folder.is_file():
+        raise ShardError(
+            f"{folder}: a file, not a folder of shards",
+            cure="Name its folder, or the tokens.toml that describes it",
+        )
     if not path.is_file():
         raise ShardError(
             f"{folder}: no {MANIFEST}, so no shards here",

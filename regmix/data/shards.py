@@ -2,10 +2,11 @@
 
 `ShardSet.open` checks the manifest, and the size, header, footer and final checksum of every file,
 so a truncated file is found at once; `arrays` checks every block of a domain the first time a
-process touches it, so a flipped bit is found before it is trained on.
+process touches it, `lazy_arrays` leaves each to the sampler that first reads from it: either way a
+flipped bit is found before it is trained on.
 
-Enters: a folder written by packing/pack.py (the layout of a file is in writer.py), or token files of
-another program (foreign/). Leaves: read-only memory maps and counts. Does not cut sequences:
+Enters: a folder written by packing/pack.py (the layout of a file is in writer.py), or token files
+of another program (foreign/). Leaves: read-only memory maps and counts. Does not cut sequences:
 their length belongs to a run.
 """
 
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from regmix.data.block_checks import BlockCheck, map_lazily
 from regmix.data.blocks import OnBytes, check_ends, check_once, find_damage, load, map_tokens
 from regmix.data.manifest import (
     MANIFEST,
@@ -80,7 +82,7 @@ class PackedFile:
         self.path, self.split, self.domain, self.cure = path, split, domain, cure
         self.dtype = DTYPES[manifest.dtype]
         self.start, self.tokens, self.stamp = HEADER_BYTES, record.tokens, record.checksum
-        self.offsets = self._digests = np.empty(0, np.uint64)
+        self.offsets = self.digests = np.empty(0, np.uint64)
         self._record, self._vocab_size = record, manifest.tokenizer.vocab_size
         self._header = header_bytes(
             manifest, split, domain, tokens=record.tokens, largest_id=record.largest_id
@@ -116,19 +118,21 @@ class PackedFile:
         with open(self.path, "rb") as stream:
             stream.seek(start)
             content = stream.read(record.bytes - start)
-        if xxhash.xxh3_64_hexdigest(self._header + content[:-8]) != record.checksum:
+        digest = xxhash.xxh3_64(self._header)
+        digest.update(memoryview(content)[:-8])
+        if digest.hexdigest() != record.checksum:
             return "the footer is damaged"
         words = np.frombuffer(content, "<u8")
         blocks = len(words) - record.documents - 1
-        self._digests, self.offsets = words[:blocks], words[blocks:-1]
+        self.digests, self.offsets = words[:blocks], words[blocks:-1]
         return None
 
     def block_problem(self, number: int, block: memoryview) -> str | None:
         """See `StoredFile.block_problem`."""
-        if xxhash.xxh3_64_intdigest(block) == self._digests[number]:
+        if xxhash.xxh3_64_intdigest(block) == self.digests[number]:
             return None
         return (
-            f"block {number} of {len(self._digests)} is damaged "
+            f"block {number} of {len(self.digests)} is damaged "
             f"(1 MiB from byte {HEADER_BYTES + number * BLOCK_BYTES})"
         )
 
@@ -262,6 +266,18 @@ class ShardSet:
         if verify:
             check_once(files)
         return tuple(map_tokens(file, checked=verify) for file in files)
+
+    def lazy_arrays(
+        self, split: str, domain: str
+    ) -> tuple[tuple[np.ndarray, BlockCheck | None], ...]:
+        """Return what `arrays` does, each with what must check its blocks before they are read.
+
+        None where nothing is left to check: a file that this process has checked before, or one
+        that stores no checksums and so is checked here.
+        """
+        files = self.files(split, domain)
+        check_once([file for file in files if file.digests is None])
+        return tuple(map_lazily(file) for file in files)
 
     def document_offsets(self, split: str, domain: str) -> np.ndarray:
         """Return the first token of each document (uint64), counted over the domain's files."""

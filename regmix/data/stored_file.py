@@ -46,6 +46,10 @@ class StoredFile(Protocol):
     def offsets(self) -> np.ndarray:
         """First token of each document (uint64), after `load`."""
 
+    @property
+    def digests(self) -> np.ndarray | None:
+        """The xxh3_64 of every block (uint64), after `load`; None where its check is another."""
+
     def ends_problem(self) -> str | None:
         """Return what is wrong with size or header; reads no tokens."""
 

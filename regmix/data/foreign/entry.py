@@ -33,6 +33,7 @@ class ForeignFile:
         self.split, self.domain, self.format = split, domain, file_format
         self.dtype, self.start, self.tokens = layout.dtype, layout.start, layout.tokens
         self.offsets = np.empty(0, np.uint64)
+        self.digests = None  # ids are compared with the vocabulary, recorded checksums or not
         self._limit = min(vocab_size - 1, layout.largest)
         self._sums = sums
         key = sums.digest if sums is not None else f"ids up to {self._limit}"

@@ -105,6 +105,12 @@ def finished_note(folder: Path, group: Group) -> GroupNote | None:
     return note if note.key == group.key and there and same else None
 
 
+def has_units(group: Group) -> bool:
+    """Return whether the units that a finished group was made of are still there."""
+    books = group.note.books if group.note else ()
+    return [read_books(task.unit) for task in group.tasks] == list(books)
+
+
 def _note_path(folder: Path, group: Group) -> Path:
     return folder / NOTES_FOLDER / f"{group.name}.json"
 

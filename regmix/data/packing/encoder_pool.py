@@ -9,6 +9,8 @@ Enters: `EncoderSettings`, blocks. Leaves: futures of `Encoded` blocks. Keeps no
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import queue
@@ -144,7 +146,8 @@ class ProcessEncoders:
 
     def __init__(self, settings: EncoderSettings, num: int) -> None:
         self._tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._workers = [_start(settings) for _ in range(num)]
+        self._settings = asdict(settings)
+        self._workers = [_start() for _ in range(num)]
         self.processes = [worker.pid for worker in self._workers]
         self._threads = [
             threading.Thread(target=self._feed, args=(worker,), daemon=True)
@@ -163,6 +166,9 @@ class ProcessEncoders:
         stdin, stdout = worker.stdin, worker.stdout
         assert stdin is not None
         assert stdout is not None
+        # Here, so that no process waits for another to start; a dead one is met at the next block.
+        with contextlib.suppress(OSError):
+            send(stdin, self._settings)
         while (task := self._tasks.get()) is not None:
             block, side, verify_bytes, future = task
             if not future.set_running_or_notify_cancel():
@@ -181,14 +187,17 @@ class ProcessEncoders:
                 send(stdin, table, parts, joined=True)
                 del parts  # a long record is held by one process at a time
                 answer, buffers = receive(stdout)
+                if "error" in answer:
+                    future.set_exception(_error(answer["error"]))
+                else:
+                    future.set_result(_encoded(answer, buffers))
+                del answer, buffers
             except (OSError, EOFError):
                 future.set_exception(_ended(worker))
-                continue
-            if "error" in answer:
-                future.set_exception(_error(answer["error"]))
-            else:
-                future.set_result(_encoded(answer, buffers))
-            del future, answer, buffers
+            except Exception as error:  # no memory, say: what is left in the pipe is no answer
+                worker.kill()
+                future.set_exception(error)
+            del future
 
     def close(self) -> None:
         """Stop the processes, whatever they are at."""
@@ -213,7 +222,7 @@ def _close(stream: IO[bytes]) -> None:
         return  # what was still to be sent has nobody to read it
 
 
-def _start(settings: EncoderSettings) -> subprocess.Popen[bytes]:
+def _start() -> subprocess.Popen[bytes]:
     root = str(Path(errors.__file__).parent.parent)
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
@@ -230,13 +239,14 @@ def _start(settings: EncoderSettings) -> subprocess.Popen[bytes]:
         [sys.executable, "-m", "regmix.data.packing.encoder_process"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        pipesize=PIPE_BYTES,
         env=environment,
         # Ctrl-C is the coordinator's to answer.
         start_new_session=True,
     )
-    assert worker.stdin is not None
-    send(worker.stdin, asdict(settings))
+    for stream in (worker.stdin, worker.stdout):
+        # Linux lets a user have 64 MiB of pipes, which 32 processes take up: smaller ones do.
+        with contextlib.suppress(OSError, AttributeError):
+            fcntl.fcntl(stream, fcntl.F_SETPIPE_SZ, PIPE_BYTES)  # type: ignore[arg-type]
     return worker
 
 

@@ -25,7 +25,9 @@ from regmix.data.packing.sources import Source
 from regmix.data.packing.units import Books, UnitWriter
 from regmix.errors import CorpusError
 
-FIRST_VERIFIED_BYTES = 64 << 10  # of every file
+# Compared first of every file: a sixteenth, within these bounds. Comparing small files whole would
+# make many of them slower to pack than one large one by the factor that the fast engine gains.
+FIRST_VERIFIED_SHARE, FIRST_VERIFIED_BYTES = 16, (1 << 10, 64 << 10)
 VERIFIED_SHARE = 0.003  # of every block after the first
 BLOCKS_PER_WORKER = 3  # under way: one being encoded, one ready, one being written
 _STRICT = (MALFORMED, NO_TOKEN, TOO_LONG)
@@ -93,13 +95,15 @@ class _Turn:
 class _Quota:
     """How much of each block is compared with the reference."""
 
-    def __init__(self) -> None:
+    def __init__(self, file_bytes: int) -> None:
+        least, most = FIRST_VERIFIED_BYTES
+        self.first = min(most, max(least, file_bytes // FIRST_VERIFIED_SHARE))
         self._seen = self._asked = 0
 
     def of(self, num_bytes: int) -> int:
         """Return the bytes to compare of the next block, which has `num_bytes`."""
         self._seen += num_bytes
-        owed = max(FIRST_VERIFIED_BYTES, int(VERIFIED_SHARE * self._seen)) - self._asked
+        owed = max(self.first, int(VERIFIED_SHARE * self._seen)) - self._asked
         asked = min(num_bytes, max(owed, int(VERIFIED_SHARE * num_bytes)))
         self._asked += asked
         return asked
@@ -191,6 +195,12 @@ class Lanes:
                 writer.add(books.lines, result)
                 books.add(result)
                 self.tokens += sum(len(part.ids) for part in result.sides.values())
+            now = task.source.path.stat()
+            if (now.st_size, now.st_mtime_ns) != (books.bytes, books.mtime_ns):
+                raise CorpusError(
+                    f"{task.source.path}: changed while it was read",
+                    cure="Wait until it is written, then run the same command again",
+                )
             books.xxh3 = meter.checksum
             meter.num_bytes = task.source.num_bytes
             writer.finish(books)
@@ -203,7 +213,7 @@ class Lanes:
         """Yield the encoded blocks of a file in its order."""
         pending: deque[tuple[int, Future[Encoded]]] = deque()
         ready: deque[Encoded] = deque()
-        quota = _Quota()
+        quota = _Quota(source.num_bytes)
         turn = _Turn(self._long_record, self._stopped)
 
         def on_long() -> None:

@@ -14,6 +14,7 @@ a document.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections import Counter
@@ -49,11 +50,13 @@ from regmix.data.packing.replacement import (
     REPLACEMENT,
     TOKENIZER,
     heal,
+    is_half_done,
     put_in_place,
     remove_others,
 )
 from regmix.data.packing.report import PackReport, make_report
 from regmix.data.packing.run import (
+    LOCK,
     OnProgress,
     PackJob,
     PackResult,
@@ -65,7 +68,7 @@ from regmix.data.packing.run import (
 from regmix.data.shards import ShardSet
 from regmix.data.tokenizer import SEPARATOR, Tokenizer, load_tokenizer, own_parallelism
 from regmix.data.tokenizer import train_bpe as train_bpe_on
-from regmix.errors import ConfigError, CorpusError, ShardError, nearest
+from regmix.errors import ConfigError, CorpusError, ShardError, StorageError, nearest
 from regmix.files import checksum, storage_errors, write_json, write_text
 
 SAMPLE_BYTES = 20_000_000  # text a BPE is trained on
@@ -127,7 +130,7 @@ def pack(
     }
     there = (folder / MANIFEST).exists()
     if there:
-        healed = heal(folder)
+        healed = _healed(folder)
         if not force or healed:
             return _complete(folder, settings, files, plan, started)
     options = _Options(
@@ -147,6 +150,8 @@ def pack(
     check_space(workplace, plan)
     resumed = 0
     with sole_packer(folder):
+        if not there and (folder / MANIFEST).exists():  # another process was first
+            return _complete(folder, settings, files, plan, started)
         if not (there and _is_complete(workplace, settings, files)):
             resumed = _pack_into(workplace, files, fraction, loaded, settings, options)
         if workplace != folder:
@@ -270,6 +275,14 @@ def _describe(source: Source) -> SourceFile:
     )
 
 
+def _healed(folder: Path) -> bool:
+    """End a replacement that was stopped half way, unless another process is at it."""
+    if not is_half_done(folder):
+        return False
+    with sole_packer(folder):
+        return heal(folder)
+
+
 def _is_complete(folder: Path, settings: dict[str, str], files: tuple[Source, ...]) -> bool:
     """Return whether a replacement is complete that was stopped before it was put in place."""
     try:
@@ -293,10 +306,10 @@ def _complete(
             f"{folder}: holds a corpus packed otherwise ({differences[0]})",
             cure="Name another folder, or replace that corpus with --force",
         )
-    # A run that was killed after its last step leaves its notes.
-    with storage_errors(folder):
-        shutil.rmtree(folder / NOTES_FOLDER, ignore_errors=True)
-        (folder / ".pack.lock").unlink(missing_ok=True)
+    # A run that was killed after its last step leaves its notes; one that is under way keeps them.
+    if (folder / NOTES_FOLDER).exists() or (folder / LOCK).exists():
+        with contextlib.suppress(StorageError), sole_packer(folder):
+            shutil.rmtree(folder / NOTES_FOLDER, ignore_errors=True)
     return make_report(shards, plan, started, already_complete=True)
 
 

@@ -312,7 +312,7 @@ def _chunks(source: Source, meter: Meter) -> Iterator[bytes]:
                 except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                     raise damaged(source, error) from error
                 if not chunk:
-                    return
+                    break
                 yield chunk
         zstd = _Zstandard(source) if source.compression == ".zst" else None
         while raw := stream.read(CHUNK_BYTES):
@@ -323,6 +323,8 @@ def _chunks(source: Source, meter: Meter) -> Iterator[bytes]:
                 yield raw
         if zstd:
             zstd.finish()
+        if source.compression and not meter.num_bytes:
+            raise damaged(source, "no bytes")
 
 
 class _Zstandard:

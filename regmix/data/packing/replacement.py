@@ -37,17 +37,26 @@ def put_in_place(folder: Path) -> None:
     _settle(folder)
 
 
-def heal(folder: Path) -> bool:
-    """End a replacement that was stopped half way; return whether there was one."""
+def is_half_done(folder: Path) -> bool:
+    """Return whether a replacement was stopped half way, or is under way; changes nothing."""
     manifest, checksum = read_manifest(folder)
     if manifest.tokenizer.file.startswith(f"{REPLACEMENT}/"):
-        _settle(folder)
         return True
     with contextlib.suppress(ShardError):
-        if read_manifest(folder / REPLACEMENT)[1] == checksum:
-            _clean(folder, manifest)
-            return True
+        return read_manifest(folder / REPLACEMENT)[1] == checksum
     return False
+
+
+def heal(folder: Path) -> bool:
+    """End a replacement that was stopped half way; return whether there was one."""
+    if not is_half_done(folder):
+        return False
+    manifest, _ = read_manifest(folder)
+    if manifest.tokenizer.file.startswith(f"{REPLACEMENT}/"):
+        _settle(folder)
+    else:
+        _clean(folder, manifest)
+    return True
 
 
 def _elsewhere(manifest: Manifest) -> Manifest:

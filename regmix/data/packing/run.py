@@ -32,6 +32,7 @@ from regmix.data.packing.assembly import (
     GroupNote,
     dropped_path,
     finished_note,
+    has_units,
     is_of,
     make_groups,
 )
@@ -46,6 +47,7 @@ from regmix.errors import StorageError, TokenizerError
 from regmix.files import atomic_open, read_table, storage_errors, write_json
 
 RUN = "run.json"
+LOCK = ".pack.lock"
 UNIT_VERSION = 1
 # Less is encoded in this process: starting others takes half a second.
 INLINE_BYTES = 8 << 20
@@ -159,12 +161,14 @@ def _run(job: PackJob, key: str, choice: Choice) -> PackResult:
     groups = make_groups(job.folder, job.files)
     tasks: list[Task] = []
     resumed = done_bytes = 0
+    settled = True
     for group in groups:
         group.key = key
+        group.note = finished_note(job.folder, group) if settled else None
         if job.dedup:
-            # What is a duplicate depends on the groups before.
-            key = xxhash.xxh3_64_hexdigest(f"{key} {group.name}".encode())
-        group.note = finished_note(job.folder, group)
+            # What is a duplicate depends on the groups before, whose hashes are in their units.
+            settled = group.note is not None and has_units(group)
+            group.note = group.note if settled else None
         for task in group.tasks:
             books = None if group.note else read_books(task.unit)
             if group.note or (books is not None and is_of(books, task.source)):
@@ -265,22 +269,39 @@ def write_dropped(folder: Path, groups: tuple[Group, ...], path: Path) -> None:
 @contextlib.contextmanager
 def sole_packer(folder: Path) -> Iterator[None]:
     """Hold a folder for packing; `StorageError` where another process packs into it."""
-    path = folder / ".pack.lock"
+    path = folder / LOCK
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = _locked(path)
+        # Its owner may have removed the file between the opening and the lock.
+        while not _is_at(descriptor, path):
+            os.close(descriptor)
+            descriptor = _locked(path)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
-            raise StorageError(
-                f"{folder}: another process packs into it (process {owner or '?'})",
-                cure="Wait until it ends, or name another folder",
-            ) from None
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         yield
         path.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
+
+
+def _locked(path: Path) -> int:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
+        os.close(descriptor)
+        raise StorageError(
+            f"{path.parent}: another process packs into it (process {owner or '?'})",
+            cure="Wait until it ends, or name another folder",
+        ) from None
+    return descriptor
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False

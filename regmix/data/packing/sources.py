@@ -84,7 +84,7 @@ def find_sources(
                 continue
             source = _source(path, root, domain_by, domains)
             if source is None:
-                ignored.append(path.relative_to(root).as_posix())
+                ignored.append(_printable(path.relative_to(root)))
             else:
                 files.setdefault(path.resolve(), source)
     for name in domains or {}:
@@ -132,6 +132,10 @@ def _refuse(error: OSError) -> None:
         raise error
 
 
+def _printable(path: Path) -> str:
+    return os.fsencode(path.as_posix()).decode(errors="backslashreplace")
+
+
 def _source(
     path: Path, root: Path, domain_by: str, domains: Mapping[str, str] | None
 ) -> Source | None:
@@ -141,6 +145,8 @@ def _source(
     extension = Path(stem).suffix
     if extension not in FORMATS or (extension == ".parquet" and compression):
         return None
+    if _printable(path) != path.as_posix():
+        raise CorpusError(f"{_printable(path)}: its name is not UTF-8", cure="Rename it")
     name = path.relative_to(root).as_posix()
     folders = [root.resolve().name, *Path(name).parent.parts]
     if domains:

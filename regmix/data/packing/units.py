@@ -10,6 +10,7 @@ Enters: encoded blocks. Leaves: frames, checked. Knows no shards.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -140,7 +141,8 @@ class UnitWriter:
 
     def abandon(self) -> None:
         """Remove what is written of a unit that is not finished; a finished one stays."""
-        self._stream.close()
+        with contextlib.suppress(OSError):  # a full disk was said already
+            self._stream.close()
         self._temporary.unlink(missing_ok=True)
 
 

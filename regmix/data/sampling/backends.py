@@ -9,13 +9,16 @@ import functools
 import importlib
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from regmix.data.sampling import order
 from regmix.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from regmix.data.block_checks import BlockCheck
 
 BACKENDS = ("native", "numba", "numpy")
 
@@ -38,6 +41,13 @@ class Gather(Protocol):
         out: Batch,
     ) -> None:
         """Write sequence `sequences[i]` of slot `slots[domains[i]]` into row i of out [N, T+1]."""
+
+
+class LazyGather(Gather, Protocol):
+    """Checks a block of a file when a row first touches it."""
+
+    def add(self, files: Sequence[NDArray[Any]], checks: Sequence[BlockCheck | None] = ()) -> int:
+        """See `Gather.add`; a file with a check is checked by `fill`, which raises its error."""
 
 
 class Backend(Protocol):
@@ -180,7 +190,7 @@ class NativeBackend:
             )
         self.advance = _sampler.advance
         self.order = _sampler.order
-        self.gather = _sampler.Gather
+        self.gather: Callable[[], LazyGather] = _sampler.Gather
         self.ring = _sampler.Ring
 
 

@@ -52,12 +52,13 @@ class _Core(Protocol):
 class BatchRing:
     """Iterate over (step, batch): `with BatchRing(sampler, stop=1000) as ring`.
 
-    A batch is [B, T+1], or [P, B, T+1] for a stack, in one of `buffers`, or of `depth` buffers of
-    `dtype` made here. `threads` work in the background; with `assist`, who asks for a batch that is
-    not there makes one meanwhile, and `threads` may be 0. `rows` = (first, last + 1) are the rows
-    of one rank, all where it is None. `read_ahead` asks the disk for rows before they are gathered,
-    where one had to wait for it. The sampler stays free for other use. One consumer per ring.
-    Raises `ConfigError` for a size out of range, `ValueError` for a buffer that does not fit.
+    A batch is [B, T+1], or [P, B, T+1] for a stack, in one of `buffers` (of pinned torch memory,
+    `tensor.numpy()`), or of `depth` buffers of `dtype` made here. `threads` work in the background;
+    with `assist`, who asks for a batch that is not there makes one meanwhile, and `threads` may be
+    0. `rows` = (first, last + 1) are the rows of one rank, all where it is None. `read_ahead` asks
+    the disk for rows before they are gathered, where one had to wait for it. The sampler stays free
+    for other use. One consumer per ring. Raises `ConfigError` for a size out of range, `ValueError`
+    for a buffer that does not fit.
     """
 
     def __init__(
@@ -83,9 +84,7 @@ class BatchRing:
             ("start", start, 0),
         ):
             if value < least:
-                raise ConfigError(
-                    f"the {name} of the ring is {value}", cure=f"Use at least {least}"
-                )
+                raise ConfigError(f"{name} of the ring: {value}", cure=f"Use at least {least}")
         shape = stream.batch_shape(rows)
         if buffers is None:
             buffers = [np.empty(shape, dtype=dtype) for _ in range(depth)]

@@ -80,13 +80,17 @@ class MixtureSampler:
         backend: str = "auto",
     ) -> None:
         for name, value in (("seq_len", seq_len), ("batch_size", batch_size)):
-            if value < 1:
-                raise ConfigError(f"{name} is {value}", cure="Use a whole number of at least 1")
+            if not hasattr(value, "__index__") or value < 1:
+                raise ConfigError(f"{name} is {value!r}", cure="Use a whole number of at least 1")
+        if not hasattr(shards, "arrays"):
+            raise ConfigError(
+                f"shards is {shards!r}", cure="Open the folder first: regmix.ShardSet.open(folder)"
+            )
         self.seq_len, self.batch_size = operator.index(seq_len), operator.index(batch_size)
         self.data_seed, self.split = operator.index(data_seed), split
         known = shards.domains(split)
         self._segments = tuple(
-            (step, _dealt_weights(weights, known)) for step, weights in _segments(mixture)
+            (step, _dealt_weights(weights, known, split)) for step, weights in _segments(mixture)
         )
         self.domains = tuple(sorted({name for _, weights in self._segments for name in weights}))
         chosen = load_backend(backend)
@@ -187,6 +191,8 @@ class MixtureSampler:
     def check_out(self, out: Batch, rows: tuple[int, int] | None = None) -> None:
         """Raise `ValueError` where a batch cannot be written into `out`."""
         shape = self.batch_shape(rows)
+        if not isinstance(out, np.ndarray):
+            raise ValueError(f"out is a {type(out).__name__}: of a torch tensor give .numpy()")
         if out.shape != shape or not out.flags.c_contiguous or not out.flags.writeable:
             raise ValueError(f"out must be a contiguous array of shape {shape}")
         if out.dtype not in _DTYPES:
@@ -338,7 +344,7 @@ class StackSampler:
     def check_out(self, out: Batch, rows: tuple[int, int] | None = None) -> None:
         """Raise `ValueError` where a batch cannot be written into `out`."""
         shape = self.batch_shape(rows)
-        if out.shape != shape or not out.flags.c_contiguous:
+        if not isinstance(out, np.ndarray) or out.shape != shape or not out.flags.c_contiguous:
             raise ValueError(f"out must be a contiguous array of shape {shape}")
         for sampler, part in zip(self.samplers, out, strict=True):
             sampler.check_out(part, rows)
@@ -357,6 +363,14 @@ def _rebuilt(
 def _segments(mixture: Schedule) -> list[tuple[int, Mapping[str, float]]]:
     if isinstance(mixture, Mapping):
         return [(0, mixture)]
+    if isinstance(mixture, str) or not all(
+        isinstance(pair, Sequence) and len(pair) == 2 and isinstance(pair[1], Mapping)
+        for pair in mixture
+    ):
+        raise ConfigError(
+            f"mixture is {str(mixture)[:80]!r}",
+            cure="Give {domain: weight}, or a list of (first step, {domain: weight})",
+        )
     segments = [(operator.index(step), weights) for step, weights in mixture]
     steps = [step for step, _ in segments]
     if not steps or steps[0] != 0 or steps != sorted(set(steps)):
@@ -367,14 +381,16 @@ def _segments(mixture: Schedule) -> list[tuple[int, Mapping[str, float]]]:
     return segments
 
 
-def _dealt_weights(mixture: Mapping[str, float], known: Sequence[str]) -> dict[str, int]:
+def _dealt_weights(
+    mixture: Mapping[str, float], known: Sequence[str], split: str
+) -> dict[str, int]:
     names = frozenset(known)  # of a thousand, perhaps
     for domain in mixture:
         if domain not in names:
             raise MixtureError(
-                f"The mixture names a domain that the shards do not have, '{domain}' "
-                f"({nearest(domain, known)})",
-                cure="Correct the name, or pack that domain",
+                f"The mixture names a domain that split '{split}' of the shards does not have, "
+                f"'{domain}' ({nearest(domain, known) if known else 'the split has none'})",
+                cure="Correct the name or the split, or pack that domain",
             )
     integers = integer_weights(mixture)
     lost = [domain for domain in integers if mixture[domain] > 0 and integers[domain] == 0]

@@ -40,6 +40,8 @@ class MixtureDataset(IterableDataset[torch.Tensor]):
         num_ranks: int = 1,
     ) -> None:
         super().__init__()
+        if start < 0:
+            raise ConfigError(f"start is {start}", cure="Steps count from 0")
         if num_ranks < 1 or not 0 <= rank < num_ranks or sampler.batch_size % num_ranks:
             raise ConfigError(
                 f"rank {rank} of {num_ranks} for a batch of {sampler.batch_size}",
