@@ -62,7 +62,7 @@ def errors(records: list[Record]) -> dict[str, list[tuple[int, float]]]:
 
 def short(value: float) -> str:
     """Return a speed in few characters."""
-    return f"{value / 1e6:.2f} M" if value >= 1e6 else f"{value / 1e3:.3g} k"
+    return f"{value / 1e6:.2f} M" if value >= 999_500 else f"{value / 1e3:.3g} k"
 
 
 def _draw_speeds(axes: Any, records: list[Record]) -> None:
