@@ -156,6 +156,11 @@ def test_a_slow_stand_in_gives_no_claim() -> None:
     slow = targets.reference_note([record("reference, 0 workers", "speed", 60_000.0)])
     fair = targets.reference_note([record("reference, 0 workers", "speed", 98_000.0)])
     assert "too slow for a claim" in slow[0]
+    (target,) = (t for t in targets.TARGETS if t.name.startswith("int64 batch() against"))
+    ratio = record(targets.BATCH, "speed", 900_000.0, peer=targets.STAND_IN, ratio_to_peer=15.0)
+    for speed, verdict in ((60_000.0, "NOT CLAIMED"), (98_000.0, "met")):
+        records = [record(targets.STAND_IN, "speed", speed), ratio]
+        assert target.row(records)[3] == verdict
     assert "98,000 sequences/s here, 4% above the 94,200" in fair[0]
 
 
