@@ -49,6 +49,13 @@ def versions() -> dict[str, str]:
     return found
 
 
+def available_cores() -> int:
+    """Return the cores this process may use; the machine's where the system cannot say."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def environment_record() -> dict[str, Any]:
     """Return versions, revision, system and cores, as results of a study store them."""
     return {

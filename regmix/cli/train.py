@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 
 import click
 
@@ -64,6 +63,7 @@ def command(
         resolve_mixtures,
         run_training,
     )
+    from regmix.provenance import available_cores
     from regmix.study import Study, find_study
 
     refuse_gpus(gpus)
@@ -81,13 +81,13 @@ def command(
     )
     resolved = resolve_mixtures(opened, mixtures)
     num_models = len(resolved) * seeds
-    num_workers = min(workers or os.cpu_count() or 1, num_models)
+    num_workers = min(workers or available_cores(), num_models)
     request = TrainRequest(
         mixtures=resolved,
         replicates=seeds,
         training=training,
         num_workers=num_workers,
-        threads=max(1, (os.cpu_count() or 1) // num_workers),
+        threads=max(1, available_cores() // num_workers),
         checkpoint_seconds=checkpoint_seconds,
     )
     for name, mixture in resolved.items():

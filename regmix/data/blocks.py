@@ -35,6 +35,7 @@ from regmix.data.stored_file import (
     identity,
 )
 from regmix.errors import ShardError
+from regmix.provenance import available_cores
 
 BLOCK_BYTES = 1 << 20
 SPAN_BLOCKS = 32  # what a thread takes at a time
@@ -140,7 +141,7 @@ def _run_in_threads(
     threads: int | None,
     report: Callable[[], object],
 ) -> None:
-    count = threads or min(MOST_THREADS, os.cpu_count() or 1)
+    count = threads or min(MOST_THREADS, available_cores())
     with ThreadPoolExecutor(count, thread_name_prefix="regmix-check") as pool:
         futures = [pool.submit(run) for _ in range(count)]
         try:

@@ -9,13 +9,14 @@ fifth of the time of its own predictor, and none of its start-up cost for a few.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from regmix.provenance import available_cores
 
 # The rows that walk one tree together: few enough to stay in the first-level cache.
 _BLOCK = 256
@@ -164,8 +165,7 @@ class TreesModel:
 
 
 def _num_threads() -> int:
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(allowed or 1, 8))
+    return min(available_cores(), 8)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from regmix.data.sampling.sampler import ORDER_VERSION
 from regmix.data.shards import ShardSet
 from regmix.errors import StudyError
 from regmix.files import storage_errors, write_json
-from regmix.provenance import environment_record
+from regmix.provenance import available_cores, environment_record
 from regmix.study import Study, Training
 from regmix.swarm.cost import Cost, estimate
 from regmix.swarm.engine import CHECKPOINT_SECONDS, Member, StackJob
@@ -51,7 +51,7 @@ class SweepOptions:
     @property
     def workers(self) -> int:
         """Processes to use on this machine."""
-        return self.num_workers or max(1, (os.cpu_count() or 1) // self.threads)
+        return self.num_workers or max(1, available_cores() // self.threads)
 
 
 @dataclass

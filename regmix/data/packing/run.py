@@ -45,6 +45,7 @@ from regmix.data.packing.units import Books, read_books
 from regmix.data.tokenizer import Tokenizer
 from regmix.errors import StorageError, TokenizerError
 from regmix.files import atomic_open, read_table, storage_errors, write_json
+from regmix.provenance import available_cores
 
 RUN = "run.json"
 LOCK = ".pack.lock"
@@ -213,7 +214,7 @@ def _lanes(job: PackJob, choice: Choice, tasks: list[Task]) -> Iterator[Lanes | 
     if not tasks:
         yield None
         return
-    workers = job.workers or _num_cores()
+    workers = job.workers or available_cores()
     tokenizer = job.tokenizer
     settings = EncoderSettings(
         tokenizer=tokenizer.text,
@@ -244,13 +245,6 @@ def _lanes(job: PackJob, choice: Choice, tasks: list[Task]) -> Iterator[Lanes | 
     )
     with lanes:
         yield lanes
-
-
-def _num_cores() -> int:
-    """Return the cores this process may use; the machine's where the system cannot say."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def write_dropped(folder: Path, groups: tuple[Group, ...], path: Path) -> None:
