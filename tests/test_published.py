@@ -10,7 +10,7 @@ import pytest
 
 import regmix
 from regmix.data.mixtures import read_mixture_yaml
-from regmix.decision.regressors import make_regressor
+from regmix.decision.regressors.registry import make_regressor
 from regmix.decision.runs import Runs
 from regmix.decision.validation import score, spearman
 

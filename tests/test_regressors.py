@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from regmix.decision.linear import Linear
-from regmix.decision.powerlaw import PowerLaw
-from regmix.decision.regressors import REGRESSORS, Regressor, make_regressor
+from regmix.decision.regressors.interface import Regressor
+from regmix.decision.regressors.linear import Linear
+from regmix.decision.regressors.powerlaw import PowerLaw
+from regmix.decision.regressors.registry import REGRESSORS, make_regressor
+from regmix.decision.regressors.trees import Trees
 from regmix.decision.surrogate import fit
-from regmix.decision.trees import Trees
 from regmix.decision.validation import fold_of_runs, held_out_predictions, score, spearman
 from regmix.errors import ConfigError, LossTableError, MixtureError
 
@@ -88,7 +89,7 @@ def test_own_estimate_of_the_error_matches_the_error_on_unseen_runs(regressor: R
 def test_forest_sums_its_trees_as_lightgbm_does() -> None:
     import lightgbm
 
-    from regmix.decision.trees import Forest
+    from regmix.decision.regressors.trees import Forest
 
     weights = draws(300)
     loss = law(weights)[:, 0]

@@ -17,7 +17,7 @@ import numpy as np
 from regmix.data.mixtures import write_mixture_yaml
 from regmix.decision.objective import Objective
 from regmix.decision.optimum import Optimum
-from regmix.decision.powerlaw import PowerLawModel
+from regmix.decision.regressors.powerlaw import PowerLawModel
 from regmix.decision.runs import Runs
 from regmix.decision.surrogate import Surrogate
 from regmix.decision.validation import Score, score

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from regmix.data.mixtures import PREFIX, MixtureTable
-from regmix.decision.regressors import Model, check_enough_runs, make_regressor
+from regmix.decision.regressors.interface import Model
+from regmix.decision.regressors.registry import check_enough_runs, make_regressor
 from regmix.decision.runs import HIGHEST_LOSS_NATS, TARGET_PREFIX, TARGET_SUFFIX
 from regmix.decision.validation import Score, fold_of_runs, held_out_predictions, score
 from regmix.errors import LossTableError

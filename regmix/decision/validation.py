@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from regmix.decision.regressors import Regressor
+    from regmix.decision.regressors.interface import Regressor
 
 NUM_FOLDS = 5
 
