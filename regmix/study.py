@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from regmix.config import as_table, build, read_toml, write_toml
+from regmix.data.groups import Groups
+from regmix.data.pools import check_pools
 from regmix.errors import ConfigError, StudyError, nearest
 from regmix.files import storage_errors
 from regmix.model.optim import OptimConfig
@@ -71,6 +73,9 @@ class StudyConfig:
     available_tokens: domain -> training tokens that exist.
     data_seed, init_seed: order of the data and initial weights, the same for all proxies.
     proxy: how a proxy is trained. swarm: how the mixtures were drawn, for the record.
+    target_tokens, pools: the run that proxies repeat their data like, and for that the sequences
+        of each domain that a proxy may read; None where proxies read all there is.
+    frozen: the ratios, among themselves, of domains that are kept from another study.
     """
 
     shards: str
@@ -85,6 +90,9 @@ class StudyConfig:
     init_seed: int = 0
     version: int = STUDY_VERSION
     swarm: dict[str, str] = field(default_factory=dict)
+    target_tokens: int | None = None
+    pools: dict[str, int] | None = None
+    frozen: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
         for target in self.objective:
@@ -106,6 +114,22 @@ class StudyConfig:
                 raise ConfigError(
                     f"{name} is {getattr(self, name)}", cure="Give a whole number of 0 or more"
                 )
+        if (self.pools is None) != (self.target_tokens is None):
+            raise ConfigError(
+                "pools and target_tokens belong together, and one of them is missing",
+                cure="Restore study.toml, or draw a new study with --target-tokens",
+            )
+        if self.pools is not None:
+            seq_len = self.proxy.shape.seq_len
+            sequences = {d: (n - 1) // seq_len for d, n in self.available_tokens.items()}
+            check_pools(self.pools, domains=self.train_domains, available=sequences)
+        if self.frozen is not None:
+            Groups(self.train_domains, self.frozen)  # raises where these are no ratios
+
+    @property
+    def groups(self) -> Groups | None:
+        """The frozen domains as one, and the free ones; None where every domain is free."""
+        return None if self.frozen is None else Groups(self.train_domains, self.frozen)
 
 
 class Study:
@@ -118,6 +142,7 @@ class Study:
         self.ledger_path = path / "ledger.sqlite"
         self.surrogate_path = path / "surrogate"
         self.optimum_path = path / "optimum.yaml"
+        self.reused_path = path / "reused.yaml"
         self.report_path = path / "report.html"
         self.logs_path = path / "logs"
         self.stacks_path = path / "stacks"

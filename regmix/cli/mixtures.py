@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from regmix.cli.training import training_options
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from regmix.data.mixtures import DomainCoverage
-    from regmix.study import Study
+    from regmix.data.shards import ShardSet
+    from regmix.study import Training
+    from regmix.swarm.reuse import Reuse
 
 
 _USED_BY_DRAW = ("num", "sampler", "settings", "lower", "upper", "seed")
@@ -25,7 +24,11 @@ _USED_BY_ADD = ("study", "add", "as_json", *_USED_BY_DRAW)
 @click.argument("study", required=False)
 @click.option("--shards", type=click.Path(), help="Folder that `pack` wrote; for a new study.")
 @click.option(
-    "--num", type=click.IntRange(min=1), default=64, show_default=True, help="Mixtures to draw."
+    "--num",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Mixtures to draw; with --reuse 6 for each ratio to find, at least 16.",
 )
 @click.option("--add", is_flag=True, help="Draw NUM more for a study that exists.")
 @click.option(
@@ -48,6 +51,14 @@ _USED_BY_ADD = ("study", "add", "as_json", *_USED_BY_DRAW)
     metavar="NAME=VALUE",
     help="A constant of the sampler, for example temperature=0.5; repeatable.",
 )
+@click.option(
+    "--reuse",
+    type=click.Path(exists=True, file_okay=False),
+    help="A finished study: keep the ratios of its domains that are the same in this corpus.",
+)
+@click.option(
+    "--freeze", metavar="DOMAIN,...", help="Keep the ratios of these domains, with --reuse."
+)
 @click.option("--lower", multiple=True, metavar="DOMAIN=W", help="Smallest weight of a domain.")
 @click.option("--upper", multiple=True, metavar="DOMAIN=W", help="Largest weight of a domain.")
 @click.option(
@@ -58,6 +69,11 @@ _USED_BY_ADD = ("study", "add", "as_json", *_USED_BY_DRAW)
     help="Objective: a target, `mean`, or a=0.5,b=0.5.",
 )
 @training_options(model="cpu-64", tokens="2M", learning_rate=3e-3)
+@click.option(
+    "--target-tokens",
+    metavar="TOKENS",
+    help="Train proxies on pools, so that they repeat each domain as a run of TOKENS will.",
+)
 @click.option(
     "--vocab-size",
     type=click.IntRange(min=2),
@@ -88,6 +104,8 @@ def command(
     source: str | None,
     sampler: str,
     settings: tuple[str, ...],
+    reuse: str | None,
+    freeze: str | None,
     lower: tuple[str, ...],
     upper: tuple[str, ...],
     objective: str,
@@ -98,6 +116,7 @@ def command(
     learning_rate: float,
     warmup_steps: int,
     schedule: str,
+    target_tokens: str | None,
     vocab_size: int | None,
     eval_tokens: str,
     eval_every: int | None,
@@ -113,7 +132,14 @@ def command(
     """
     from pathlib import Path
 
-    from regmix.cli.words import parse_count, parse_objective, parse_pairs, training_from
+    from regmix.cli.coverage import (
+        coverage_table,
+        pools_in_use,
+        pools_remarks,
+        show_coverage,
+        show_pools,
+    )
+    from regmix.cli.words import parse_count, parse_objective, parse_pairs
     from regmix.data.mixtures import MixtureTable, coverage
     from regmix.data.shards import ShardSet
     from regmix.errors import StudyError
@@ -139,9 +165,13 @@ def command(
                 "a new study needs a corpus", cure="Name it: --shards FOLDER, as `pack` wrote it"
             )
         corpus = ShardSet.open(shards)
-        training = training_from(
+        kept = _kept(reuse, freeze, corpus)
+        if kept is not None and _is_default("num"):
+            request = dataclasses.replace(request, num=kept.num_proxies)
+        training = _training(
+            corpus,
+            vocab_size,
             model=model,
-            vocab_size=vocab_size or -(-corpus.vocab_size // 64) * 64,
             seq_len=seq_len,
             batch_size=batch_size,
             tokens=parse_count(tokens),
@@ -160,26 +190,61 @@ def command(
             mixtures_from=Path(source) if source else None,
             data_seed=data_seed,
             init_seed=init_seed,
+            target_tokens=parse_count(target_tokens) if target_tokens else None,
+            reuse=kept,
         )
+        for remark in kept.remarks if kept else ():
+            click.echo(remark, err=True)
     drawn = MixtureTable.read_csv(opened.mixtures_path)
     rows = coverage(drawn, opened.config.prior)
+    uses = pools_in_use(opened, rows)
+    for remark in pools_remarks(opened):
+        click.echo(remark, err=True)
     if as_json:
-        click.echo(json.dumps({row.domain: dataclasses.asdict(row) for row in rows}))
+        click.echo(json.dumps(coverage_table(rows, uses)))
         return
     show_coverage(opened, len(drawn), rows)
+    if uses:
+        show_pools(opened, uses)
     click.echo(f"Next: regmix-fast proxies {study or ''}".rstrip())
+
+
+def _training(corpus: ShardSet, vocab_size: int | None, **settings: Any) -> Training:
+    from regmix.cli.words import training_from
+
+    return training_from(vocab_size=vocab_size or -(-corpus.vocab_size // 64) * 64, **settings)
+
+
+def _kept(old: str | None, freeze: str | None, corpus: ShardSet) -> Reuse | None:
+    """Return what is kept of the old study, None where none is named."""
+    from regmix.errors import ConfigError
+    from regmix.study import Study
+    from regmix.swarm.reuse import plan_reuse
+
+    if old is None:
+        if freeze is not None:
+            raise ConfigError(
+                "--freeze keeps the ratios of another study", cure="Name it: --reuse OLD_STUDY"
+            )
+        return None
+    names = None if freeze is None else [part.strip() for part in freeze.split(",")]
+    return plan_reuse(Study.open(old), corpus, names)
+
+
+def _is_default(name: str) -> bool:
+    """Return whether a parameter of the command was left at its default."""
+    from click.core import ParameterSource
+
+    return click.get_current_context().get_parameter_source(name) is ParameterSource.DEFAULT
 
 
 def _refuse_useless(*, add: bool, source: str | None) -> None:
     """Raise for an option that was given and that --add or --from leaves without use."""
-    from click.core import ParameterSource
-
     from regmix.errors import ConfigError
 
-    context = click.get_current_context()
-    for option in context.command.params:
+    for option in click.get_current_context().command.params:
         name = option.name or ""
-        if context.get_parameter_source(name) is ParameterSource.DEFAULT:
+        if _is_default(name):
             continue
         if add and name not in _USED_BY_ADD:
             raise ConfigError(
@@ -192,29 +257,3 @@ def _refuse_useless(*, add: bool, source: str | None) -> None:
                 f"{option.opts[0]} has no use with --from: the file says which mixtures there are",
                 cure=f"Leave out {option.opts[0]} or --from",
             )
-
-
-def show_coverage(study: Study, num_mixtures: int, rows: Sequence[DomainCoverage]) -> None:
-    """Print, by domain, how the drawn mixtures cover it."""
-    from rich.table import Table
-
-    from regmix.display import console, count
-
-    proxy = study.config.proxy
-    table = Table(
-        title=f"{num_mixtures} mixtures, one proxy of {count(proxy.tokens)} tokens each",
-        title_justify="left",
-    )
-    for heading in ("domain", "tokens", "natural", "in mixtures", "smallest", "median", "largest"):
-        table.add_column(heading, justify="left" if heading == "domain" else "right")
-    for row in rows:
-        table.add_row(
-            row.domain,
-            count(study.config.available_tokens[row.domain]),
-            f"{row.prior:.2%}",
-            f"{row.present:.0%}",
-            f"{row.minimum:.2%}",
-            f"{row.median:.2%}",
-            f"{row.maximum:.2%}",
-        )
-    console().print(table)

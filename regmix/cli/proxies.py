@@ -39,6 +39,7 @@ def command(
     \b
     Example:  regmix-fast proxies study --workers 2
     """
+    from regmix.display import count
     from regmix.errors import RegmixError
     from regmix.study import Study, find_study
     from regmix.swarm.sweep import SweepOptions, run_sweep
@@ -52,6 +53,8 @@ def command(
         checkpoint_seconds=checkpoint_seconds,
     )
     remark = f"{options.workers} workers"
+    if opened.config.target_tokens is not None:
+        remark += f", pools as of a run of {count(opened.config.target_tokens)} tokens"
     with TrainingDisplay("proxies", dry_run=dry_run, as_json=as_json, remark=remark) as display:
         result = run_sweep(opened, options, on_start=display.on_start, on_event=display.on_event)
     if as_json:

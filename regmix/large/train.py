@@ -132,13 +132,20 @@ def budget_remarks(study: Study, names: Sequence[str], training: Training) -> li
     """Return what a person should know before training on the study's optimum.
 
     The optimum's limit on epochs holds for the tokens that it was found for; a longer run repeats
-    domains more often. A verdict against the optimum is repeated.
+    domains more often. So does what proxies with pools have learned of repetition; a final model
+    reads all there is of each domain, whatever its size. A verdict against the optimum is repeated.
     """
     path = study.path / "optimum.json"
     if "optimum" not in names or not path.is_file():
         return []
     table = read_table(path)
     remarks = []
+    matched = study.config.target_tokens
+    if matched is not None and abs(training.tokens - matched) > 0.01 * matched:
+        remarks.append(
+            f"The proxies repeated each domain as a run of {count(matched)} tokens would; this run "
+            f"has {count(training.tokens)} and reads all there is of each domain"
+        )
     verdict = table.get("verdict")
     if isinstance(verdict, str) and verdict.startswith("keep"):
         remarks.append(f"The verdict on the optimum was: {verdict}")

@@ -7,17 +7,20 @@ Enters: a corpus of shards, how many mixtures, how a proxy is trained. Leaves: a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from regmix.config import build
 from regmix.data.draws import BoundedOptions, RegmixOptions
-from regmix.data.mixtures import MixtureTable, draw_swarm, read_mixture_yaml
+from regmix.data.groups import Groups
+from regmix.data.mixtures import MixtureTable, draw_swarm, read_mixture_yaml, write_mixture_yaml
+from regmix.data.pools import matched_pools
 from regmix.data.shards import ShardSet
 from regmix.errors import MixtureError, StudyError, nearest
 from regmix.study import Study, StudyConfig, Training, relative_to_study
+from regmix.swarm.reuse import Reuse
 
 _OPTIONS: dict[str, type[BoundedOptions] | type[RegmixOptions]] = {
     "bounded": BoundedOptions,
@@ -40,9 +43,14 @@ class SwarmRequest:
     options: Mapping[str, float] | None = None
 
     def draw(
-        self, prior: Mapping[str, float], existing: MixtureTable | None = None
+        self,
+        prior: Mapping[str, float],
+        existing: MixtureTable | None = None,
+        groups: Groups | None = None,
     ) -> MixtureTable:
-        """Return the mixtures asked for, unlike any of `existing`."""
+        """Return the mixtures asked for, unlike any of `existing`, with the ratios of `groups`."""
+        if groups is not None:
+            return self._draw_within(groups, prior, existing)
         options: BoundedOptions | RegmixOptions | None = None
         if self.options is not None:
             kind = _OPTIONS.get(self.sampler)
@@ -63,6 +71,25 @@ class SwarmRequest:
             existing=existing,
         )
 
+    def _draw_within(
+        self, groups: Groups, prior: Mapping[str, float], existing: MixtureTable | None
+    ) -> MixtureTable:
+        """Draw in the short space, where the frozen domains are one, and expand."""
+        shares = groups.totals(np.array([[prior[name] for name in groups.domains]]))[0]
+        known = None
+        if existing is not None:
+            columns = [existing.domains.index(name) for name in groups.domains]
+            reduced = groups.reduce(existing.weights[:, columns], existing.indices)
+            known = MixtureTable(groups.names, existing.indices, reduced)
+        short = replace(
+            self,
+            lower=self.lower and groups.reduce_lower(self.lower),
+            upper=self.upper and groups.reduce_upper(self.upper),
+        )
+        drawn = short.draw(dict(zip(groups.names, shares.tolist(), strict=True)), known)
+        columns = [drawn.domains.index(name) for name in groups.names]
+        return MixtureTable(groups.domains, drawn.indices, groups.expand(drawn.weights[:, columns]))
+
 
 def natural_mixture(shards: ShardSet) -> dict[str, float]:
     """Return each training domain's share of the training tokens."""
@@ -81,8 +108,14 @@ def make_study(
     mixtures_from: Path | None = None,
     data_seed: int = 0,
     init_seed: int = 0,
+    target_tokens: int | None = None,
+    reuse: Reuse | None = None,
 ) -> Study:
-    """Create a study with its mixtures, drawn as `swarm` asks or read from a CSV or YAML file."""
+    """Create a study with its mixtures, drawn as `swarm` asks or read from a CSV or YAML file.
+
+    target_tokens: the run that proxies are to repeat their data like; None for no pools.
+    reuse: what is kept of another study; its optimum is the first mixture, whatever the bounds.
+    """
     check_trainable(shards, training.shape.seq_len)
     prior = natural_mixture(shards)
     targets = shards.domains("valid")
@@ -92,14 +125,18 @@ def make_study(
                 f"{shards.path}: no validation set '{target}' ({nearest(target, targets)})",
                 cure="Name a validation set of the corpus as the target",
             )
-    if mixtures_from is not None:
-        table, record = read_mixtures(mixtures_from, tuple(prior)), {"from": mixtures_from.name}
-    else:
-        if swarm is None:
-            raise StudyError("no mixtures", cure="Draw some, or name a file of them")
-        table = swarm.draw(prior)
-        record = {key: str(value) for key, value in asdict(swarm).items() if value is not None}
+    table, record = _mixtures(prior, swarm, reuse, mixtures_from)
     path = Path(path).absolute()
+    available = {domain: shards.stats("train", domain).tokens for domain in prior}
+    pools = None
+    if target_tokens is not None:
+        matched = matched_pools(
+            available,
+            seq_len=training.shape.seq_len,
+            proxy_tokens=training.tokens,
+            target_tokens=target_tokens,
+        )
+        pools = {domain: pool.sequences for domain, pool in matched.items()}
     config = StudyConfig(
         shards=relative_to_study(shards.path, path),
         shards_checksum=shards.checksum,
@@ -107,23 +144,60 @@ def make_study(
         targets=targets,
         objective=dict(objective),
         prior=prior,
-        available_tokens={d: shards.stats("train", d).tokens for d in prior},
+        available_tokens=available,
         proxy=training,
         data_seed=data_seed,
         init_seed=init_seed,
         swarm=record,
+        target_tokens=target_tokens,
+        pools=pools,
+        frozen=None if reuse is None else reuse.groups.ratios,
     )
     # study.toml comes last: a folder that has it is a whole study.
     Study.refuse_existing(path)
-    table.write_csv(Study(path, config).mixtures_path)
+    study = Study(path, config)
+    table.write_csv(study.mixtures_path)
+    if reuse is not None:
+        write_mixture_yaml(study.reused_path, reuse.carried)
     return Study.create(path, config)
+
+
+def _mixtures(
+    prior: Mapping[str, float],
+    swarm: SwarmRequest | None,
+    reuse: Reuse | None,
+    mixtures_from: Path | None,
+) -> tuple[MixtureTable, dict[str, str]]:
+    """Return the mixtures of a new study, and for the record how they came about."""
+    if mixtures_from is not None:
+        table = read_mixtures(mixtures_from, tuple(prior))
+        if reuse is not None:
+            reuse.groups.reduce(table.weights, table.indices)  # raises for other ratios
+        return table, {"from": mixtures_from.name}
+    if swarm is None:
+        raise StudyError("no mixtures", cure="Draw some, or name a file of them")
+    record = {key: str(value) for key, value in asdict(swarm).items() if value is not None}
+    if reuse is None:
+        return swarm.draw(prior), record
+    return _drawn_around(reuse, swarm, prior), {**record, "reuse": reuse.source}
+
+
+def _drawn_around(reuse: Reuse, swarm: SwarmRequest, prior: Mapping[str, float]) -> MixtureTable:
+    """Return the old optimum as mixture 1 and after it the others that are drawn."""
+    if swarm.num < 2:
+        raise StudyError(
+            "1 mixture is the old optimum alone", cure="Draw at least 2 mixtures: --num 16"
+        )
+    names = reuse.groups.domains
+    first = MixtureTable(names, (1,), reuse.carried.array(names)[None])
+    return first.extended(replace(swarm, num=swarm.num - 1).draw(prior, first, reuse.groups))
 
 
 def add_mixtures(study: Study, swarm: SwarmRequest) -> MixtureTable:
     """Draw more mixtures for a study, unlike those it has; returns all of them."""
     with study.lock():
         table = MixtureTable.read_csv(study.mixtures_path)
-        extended = table.extended(swarm.draw(study.config.prior, table))
+        extended = table.extended(swarm.draw(study.config.prior, table, study.config.groups))
         extended.write_csv(study.mixtures_path)
     return extended
 

@@ -55,6 +55,7 @@ class StackJob:
     shards, folder: absolute paths of the corpus and of the stack's checkpoints.
     shards_checksum: the corpus's, so that a checkpoint is not resumed on another one.
     threads: intra-op threads; the sums of a matrix product depend on them.
+    pools: domain -> sequences that may be read of it; None for all there are.
     """
 
     name: str
@@ -65,6 +66,7 @@ class StackJob:
     shards_checksum: str
     folder: str
     threads: int = 1
+    pools: dict[str, int] | None = None
 
     def to_table(self) -> dict[str, Any]:
         """Return the job as plain tables, for JSON."""
@@ -138,6 +140,7 @@ class StackTrainer:
                 seq_len=training.shape.seq_len,
                 batch_size=training.batch_size,
                 data_seed=member.data_seed,
+                pool=job.pools,
             )
             for member in job.members
         ]

@@ -120,6 +120,11 @@ class Ledger:
                     [(int(m.name), job.name, json.dumps(m.weights)) for m in job.members],
                 )
 
+    def stacks(self) -> list[StackJob]:
+        """Return all stacks, in the order they were added."""
+        rows = self._db.execute("SELECT job FROM stacks ORDER BY rowid")
+        return [StackJob.from_table(json.loads(job)) for (job,) in rows]
+
     def pending_stacks(self) -> list[StackJob]:
         """Return the stacks that are not trained, in the order they were added."""
         rows = self._db.execute("SELECT job FROM stacks WHERE state = 'pending' ORDER BY rowid")

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 import shutil
@@ -170,6 +171,7 @@ def plan_stacks(
     options: SweepOptions,
 ) -> list[StackJob]:
     """Return new stacks with the mixtures that no stack of the ledger holds."""
+    refuse_other_pools(study, ledger)
     known = {row.index: row.weights for row in ledger.proxies()}
     available = set(shards.domains("train"))
     members = []
@@ -197,8 +199,20 @@ def plan_stacks(
     jobs = []
     for number, stack in enumerate(stacks, start=first):
         name = f"stack-{number:04d}"
-        jobs.append(stack_job(study, name, tuple(stack), study.config.proxy, options.threads))
+        proxies = stack_job(study, name, tuple(stack), study.config.proxy, options.threads)
+        jobs.append(dataclasses.replace(proxies, pools=study.config.pools))
     return jobs
+
+
+def refuse_other_pools(study: Study, ledger: Ledger) -> None:
+    """Raise `StudyError` where a stack of the ledger was planned with other pools."""
+    for job in ledger.stacks():
+        if job.pools != study.config.pools:
+            raise StudyError(
+                f"{study.path / 'study.toml'}: its pools are not those that the proxies of "
+                f"'{job.name}' read: their losses would not compare",
+                cure="Restore target_tokens and pools, or draw a new study with --target-tokens",
+            )
 
 
 def study_member(study: Study, name: str, weights: dict[str, float], replicate: int = 0) -> Member:
@@ -214,7 +228,7 @@ def study_member(study: Study, name: str, weights: dict[str, float], replicate: 
 def stack_job(
     study: Study, name: str, members: tuple[Member, ...], training: Training, threads: int
 ) -> StackJob:
-    """Return the job of one stack of a study's models."""
+    """Return the job of one stack of a study's models, which read all there is of each domain."""
     return StackJob(
         name=name,
         members=members,
@@ -229,7 +243,8 @@ def stack_job(
 
 def _located(study: Study, job: StackJob) -> StackJob:
     # The study may have been moved since the stack was planned.
-    return stack_job(study, job.name, job.members, job.training, job.threads)
+    located = stack_job(study, job.name, job.members, job.training, job.threads)
+    return dataclasses.replace(located, pools=job.pools)
 
 
 def collect(study: Study, ledger: Ledger, event: Done) -> None:
