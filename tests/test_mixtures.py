@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from regmix.cli import mixtures as mixtures_cli
-from regmix.data.draws import BoundedOptions, RegmixOptions, scale_into_bounds
+from regmix.data.draws import BoundedOptions, RegmixOptions, distinct, scale_into_bounds
 from regmix.data.mixtures import (
     Mixture,
     MixtureTable,
@@ -214,6 +214,21 @@ def test_more_mixtures_repeat_none_and_go_on_counting(seed: int) -> None:
     assert gaps.min() > 1e-6
 
 
+@pytest.mark.parametrize("num_domains", [2, 17])
+def test_distinct_keeps_what_a_comparison_with_every_row_keeps(num_domains: int) -> None:
+    rng = np.random.default_rng(num_domains)
+    base = rng.dirichlet(np.full(num_domains, 0.3), 60)
+    shift = rng.choice([0.0, 0.4e-6, 0.999e-6, 1.02e-6, 3e-6], (300, 1))
+    rows = np.tile(base, (5, 1)) + shift * rng.choice([-1.0, 0.0, 1.0], (300, num_domains))
+    known, drawn = rows[:90], rows[90:]
+    kept = list(known)
+    for row in drawn:
+        if np.abs(np.array(kept) - row).max(1).min() > 1e-6:
+            kept.append(row)
+    assert 90 < len(kept) < 280
+    assert np.array_equal(distinct(drawn, known), np.array(kept[90:]))
+
+
 @given(seed=st.integers(0, 10_000), num_domains=st.integers(2, 12))
 @settings(max_examples=40, deadline=None)
 def test_bounded_swarm_respects_any_feasible_bounds(seed: int, num_domains: int) -> None:
@@ -325,9 +340,9 @@ def test_yaml_of_many_keys_is_checked_for_duplicates_in_linear_time(tmp_path: Pa
 
     import yaml
 
-    from regmix.data.mixtures import _strict_loader
+    from regmix.data.strict_yaml import strict_loader
 
-    loader = _strict_loader()(path.read_text())
+    loader = strict_loader()(path.read_text())
     node = loader.get_single_node()
     pairs = node.value[0][1].value
     for key, _ in pairs:

@@ -33,7 +33,7 @@ def unseen(shared: Path) -> Runs:
 def rank(regressor: str, train: Runs, unseen: Runs, target: str, num_runs: int = 512) -> float:
     ours, theirs = train.select([target]), unseen.select([target])
     fitted = make_regressor(regressor, 0).fit(
-        np.asarray(ours.weights)[:num_runs], np.asarray(ours.losses)[:num_runs], np.ones(1)
+        np.asarray(ours.weights)[:num_runs], np.asarray(ours.losses)[:num_runs]
     )
     found = spearman(np.asarray(theirs.losses)[:, 0], fitted.mean(theirs.weights)[:, 0])
     assert found is not None

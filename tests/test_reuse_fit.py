@@ -158,8 +158,9 @@ def test_without_a_reused_mixture_the_verdict_is_about_the_natural_totals(
 def test_every_field_of_an_optimum_is_told_over_all_domains() -> None:
     """A new field of `Optimum` has to be expanded in `reuse._expanded`, or named here."""
     expanded = {"domains", "weights", "mixture", "baseline", "baselines", "epochs", "constraints",
-                "verdict", "at_edge", "guard"}  # fmt: skip
-    of_losses = {"objective", "method", "loss", "gain", "gain_error", "per_target", "seed",
+                "verdict", "at_edge", "guard", "interval"}  # fmt: skip
+    of_losses = {"objective", "method", "loss", "loss_interval", "gain", "gain_interval",
+                 "per_target", "shortfall_nats", "noise_nats", "action", "more_proxies", "seed",
                  "kl", "divergence_nats", "guard_changes", "remarks"}  # fmt: skip
     assert {field.name for field in dataclasses.fields(Optimum)} == expanded | of_losses
 

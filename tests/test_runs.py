@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from regmix.decision.runs import Runs, read_runs, resolve
+from regmix.decision.runs import Runs, read_runs, replicate_groups, resolve
+from regmix.decision.surrogate import fit
 from regmix.errors import LossTableError, MixtureError, RegmixError
 
 MIXTURES = "index,train_p_a,train_p_b,train_p_c\n" + "".join(
@@ -21,6 +22,12 @@ def read(folder: Path, losses: str, **options: bool) -> Runs:
     (folder / "m.csv").write_text(MIXTURES)
     (folder / "l.csv").write_text(HEADER + losses)
     return read_runs(folder / "m.csv", folder / "l.csv", **options)
+
+
+def read_mixtures(folder: Path, mixtures: str) -> Runs:
+    (folder / "m.csv").write_text("index,train_p_a,train_p_b,train_p_c\n" + mixtures)
+    (folder / "l.csv").write_text(HEADER + rows())
+    return read_runs(folder / "m.csv", folder / "l.csv")
 
 
 def rows(*skipped: int) -> str:
@@ -75,6 +82,72 @@ def test_losses_that_cannot_be_used_are_named(tmp_path: Path, losses: str, messa
         read(tmp_path, losses)
 
 
+@pytest.mark.parametrize("losses", [rows() + "9,1.0,1.0\n", rows(4), rows(1) + "1,x,1.0\n"])
+def test_a_refused_table_is_named_with_a_cure(tmp_path: Path, losses: str) -> None:
+    with pytest.raises(LossTableError) as caught:
+        read(tmp_path, losses)
+    assert str(tmp_path / "l.csv") in caught.value.what
+    assert len(caught.value.cure) > 5
+
+
+@pytest.mark.parametrize("last", ["0.996", "1.003"])
+def test_rounded_weights_are_accepted_and_sum_to_1(tmp_path: Path, last: str) -> None:
+    kept = "".join(f"{i},0.{i},0.{9 - i},0.1\n" for i in range(1, 6))
+    runs = read_mixtures(tmp_path, kept + f"6,0,{last},0\n")
+    assert runs.weights[5].tolist() == [0.0, 1.0, 0.0]
+    assert np.asarray(runs.weights).sum(1) == pytest.approx(1, abs=1e-15)
+
+
+@pytest.mark.parametrize("last", ["0.98", "1.02"])
+def test_weights_beyond_rounding_are_refused_with_the_tolerance(tmp_path: Path, last: str) -> None:
+    kept = "".join(f"{i},0.{i},0.{9 - i},0.1\n" for i in range(1, 6))
+    with pytest.raises(
+        MixtureError, match=rf"row 6 \(index 6\): the weights sum to {last}"
+    ) as caught:
+        read_mixtures(tmp_path, kept + f"6,0,{last},0\n")
+    assert "0.01 is accepted as rounding" in caught.value.cure
+
+
+@pytest.mark.parametrize(
+    ("mixtures", "message"),
+    [
+        ("1,0.5,0.5,0\n1,0.5,0.4,0.1\n", "m.csv, row 2: index 1 appears twice"),
+        ("1,0.5,0.5,0\n,0.5,0.4,0.1\n", "m.csv, row 2: index '' is not a whole number"),
+    ],
+)
+def test_missing_or_double_index_is_named(tmp_path: Path, mixtures: str, message: str) -> None:
+    with pytest.raises(MixtureError, match=message):
+        read_mixtures(tmp_path, mixtures)
+
+
+def test_one_mixture_under_several_indices_gives_replicates(tmp_path: Path) -> None:
+    same, other = "0.2,0.3,0.5", "0.7,0.2,0.1"
+    runs = read_mixtures(
+        tmp_path, f"1,{same}\n2,{other}\n3,{same}\n4,0.4,0.4,0.2\n5,{other}\n6,{same}\n"
+    )
+    assert len(runs) == 6
+    assert runs.replicate_groups == ((0, 2, 5), (1, 4))
+    assert fit(runs.weights, runs.losses).losses.tolist() == runs.losses.tolist()
+
+
+def test_distinct_mixtures_are_no_replicates(tmp_path: Path) -> None:
+    assert read(tmp_path, rows()).replicate_groups == ()
+    assert replicate_groups(np.array([[1.0, 0.0], [1.0, -0.0], [0.5, 0.5]])) == ((0, 1),)
+
+
+def test_replicates_are_counted_among_the_runs_that_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text(MIXTURES + "7,0.2,0.7,0.1\n8,0.2,0.7,0.1\n")
+    (tmp_path / "l.csv").write_text(HEADER + rows(1) + "1,nan,1\n7,2.5,2.0\n8,2.4,2.0\n")
+    runs = read_runs(tmp_path / "m.csv", tmp_path / "l.csv")
+    assert runs.indices == (2, 3, 4, 5, 6, 7, 8)
+    assert runs.replicate_groups == ((0, 5, 6),)
+
+
+def test_runs_with_a_constant_domain_can_be_fitted(tmp_path: Path) -> None:
+    runs = read(tmp_path, rows())
+    assert np.isfinite(fit(runs.weights, runs.losses).predict(runs.weights)[0]).all()
+
+
 def test_column_that_is_no_loss_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text(MIXTURES)
     (tmp_path / "l.csv").write_text("index,p_a\n1,2\n")
@@ -113,6 +186,15 @@ def test_arrays_keep_their_names_while_only_rows_are_chosen(tmp_path: Path) -> N
 
 
 def test_targets_can_be_chosen(tmp_path: Path) -> None:
-    chosen = read(tmp_path, rows()).select(["b"])
+    chosen = read(tmp_path, rows(5), partial=True).select(["b"])
     assert chosen.targets == chosen.losses.columns == ("p_b",)
-    assert chosen.losses.shape == (6, 1)
+    assert chosen.losses.shape == (5, 1)
+    assert [run.index for run in chosen.dropped] == [5]
+
+
+def test_unknown_target_is_refused_with_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(
+        LossTableError, match=r"unknown target 'p_d' .did you mean 'p_[ab]'"
+    ) as caught:
+        read(tmp_path, rows()).select(["p_d"])
+    assert caught.value.cure == "Correct it"

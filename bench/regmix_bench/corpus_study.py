@@ -1,8 +1,8 @@
-"""RegMix on a real corpus, from shards to final models: does the decision hold?
+"""RegMix on a real corpus, from shards to predicted losses: are unseen mixtures foreseen?
 
 Enters: a packed-able corpus (JSON lines by domain, train and valid) and an empty folder. Leaves:
 two studies of small proxies there (the swarm, and unseen mixtures used for nothing but the final
-figure), the final models, and records of how well losses were predicted and what was gained.
+figure), and records of how well losses were predicted. `corpus_decision` goes on from here.
 Every seed is fixed below. Stopped and run again, it goes on where it was.
 
     python -m regmix_bench.corpus_study --corpus CORPUS --out FOLDER --json FILE --picture FILE
@@ -11,24 +11,22 @@ Every seed is fixed below. Stopped and run again, it goes on where it was.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from regmix.cli.words import training_from
-from regmix.data.mixtures import Mixture, MixtureTable, write_mixture_yaml
+from regmix.data.mixtures import MixtureTable
 from regmix.data.packing.pack import pack
 from regmix.data.shards import ShardSet
-from regmix.decision.optimum import Optimum, optimize
+from regmix.decision.calibration import inside
+from regmix.decision.regressors.registry import REGRESSORS
 from regmix.decision.runs import Runs, read_runs
 from regmix.decision.surrogate import Surrogate, fit
 from regmix.display import Progress
 from regmix.files import read_json, write_json
-from regmix.large.train import TrainRequest, resolve_mixture, run_training
 from regmix.study import Study, Training
 from regmix.swarm.cost import Cost
 from regmix.swarm.drawing import SwarmRequest, make_study
@@ -36,15 +34,10 @@ from regmix.swarm.executors import Event
 from regmix.swarm.sweep import SweepOptions, Tally, run_sweep
 from regmix_bench.harness import Record, append, table
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 TARGET = "web"
 VOCAB_SIZE = 2048
 NUM_PROXIES, SWARM_SEED = 64, 1
 NUM_UNSEEN, UNSEEN_SEED = 32, 2
-FINAL_SEEDS = 3
-MAX_EPOCHS = 4.0
 BOOTSTRAP = 2000
 WORKERS = 2
 
@@ -61,17 +54,6 @@ def proxy_training() -> Training:
         warmup_steps=50,
         schedule="cosine",
         eval_tokens=8192,
-    )
-
-
-def final_training() -> Training:
-    """Return the final model: 1.02M parameters, three times the proxy's; twice its tokens."""
-    proxy = proxy_training()
-    shape = dataclasses.replace(proxy.shape, width=128, num_layers=3, num_heads=4, hidden=256)
-    num_steps = 1536
-    optim = dataclasses.replace(proxy.optim, lr=4e-3, total_steps=num_steps)
-    return dataclasses.replace(
-        proxy, shape=shape, optim=optim, num_steps=num_steps, eval_tokens=None
     )
 
 
@@ -150,14 +132,26 @@ def judge(
     surrogate: Surrogate, regressor: str, runs: Runs, unseen: Runs
 ) -> tuple[list[Record], dict[str, tuple[np.ndarray, np.ndarray]]]:
     """Return records of predicted against true loss on the unseen, for `web` and for the mean."""
-    mean, _ = surrogate.predict(unseen.weights)
+    mean, sd = surrogate.predict(unseen.weights)
+    covered = inside(np.asarray(unseen.losses), mean, sd)
     column = runs.targets.index(TARGET)
     true = np.asarray(unseen.losses)
     pairs = {
         TARGET: (np.asarray(mean)[:, column], true[:, column]),
         "mean": (np.asarray(mean).mean(axis=1), true.mean(axis=1)),
     }
-    records = []
+    case = f"{regressor}, {len(runs)} proxies, {len(unseen)} unseen"
+    shares = {"mean of targets": covered.mean(), "lowest target": covered.min()}
+    records = [
+        Record(
+            suite="corpus_study",
+            case=case,
+            metric=f"share inside the 90% interval, {which}",
+            value=float(share),
+            unit="1",
+        )
+        for which, share in shares.items()
+    ]
     for objective, (predicted, measured) in pairs.items():
         case = f"{regressor}, {len(runs)} proxies, {len(unseen)} unseen, {objective}"
         low, high = interval(predicted, measured)
@@ -176,90 +170,13 @@ def judge(
     return records, pairs
 
 
-def decide(study: Study, surrogate: Surrogate, objective: str) -> Optimum:
-    """Return the optimum of an objective under at most `MAX_EPOCHS` of any domain."""
-    config = study.config
-    return optimize(
-        surrogate,
-        objective=objective,
-        prior=config.prior,
-        available_tokens=config.available_tokens,
-        budget_tokens=final_training().tokens,
-        max_epochs=MAX_EPOCHS,
-        seed=0,
-    )
-
-
-def train_final(study: Study, optima: dict[str, Path]) -> None:
-    """Train the final models: each optimum, natural and uniform, three seeds each."""
-    names = [*(str(path) for path in optima.values()), "natural", "uniform"]
-    request = TrainRequest(
-        mixtures=dict(resolve_mixture(study, name) for name in names),
-        replicates=FINAL_SEEDS,
-        training=final_training(),
-        num_workers=WORKERS,
-        threads=1,
-    )
-    on_start, on_event = with_progress("final models")
-    run_training(study, request, on_start=on_start, on_event=on_event)
-
-
-def final_losses(study: Study) -> dict[str, np.ndarray]:
-    """Return mixture -> losses [seeds, targets] of the final models over whole sets."""
-    losses = {}
-    for path in sorted(study.models_path.glob("*-0/evaluation.json")):
-        name = path.parent.name.removesuffix("-0")
-        rows = [
-            read_json(study.models_path / f"{name}-{seed}" / "evaluation.json")["targets"]
-            for seed in range(FINAL_SEEDS)
-        ]
-        losses[name] = np.array(
-            [[row[target]["loss_nats"] for target in study.config.targets] for row in rows]
-        )
-    return losses
-
-
-def final_records(study: Study, losses: dict[str, np.ndarray]) -> list[Record]:
-    """Return each mixture's objective, mean and spread over seeds, and gains over baselines."""
-    column = study.config.targets.index(TARGET)
-    by_objective = {
-        TARGET: {name: values[:, column] for name, values in losses.items()},
-        "mean": {name: values.mean(axis=1) for name, values in losses.items()},
-    }
-    records = []
-    for objective, values in by_objective.items():
-        for name, seeds in values.items():
-            case = f"final model on {name}, loss on {objective}"
-            records += mean_and_spread(case, "loss", seeds)
-        best = values[f"optimum-{objective}"]
-        for baseline in ("natural", "uniform"):
-            # The same seed on both sides: paired differences.
-            case = f"optimum-{objective} against {baseline}, loss on {objective}"
-            records += mean_and_spread(case, "gain", values[baseline] - best)
-    return records
-
-
-def mean_and_spread(case: str, metric: str, seeds: np.ndarray) -> list[Record]:
-    """Return two records: the mean over the seeds and the standard deviation [nats]."""
-    values = {metric: seeds.mean(), f"{metric}_sd": seeds.std(ddof=1)}
-    return [
-        Record(suite="corpus_study", case=case, metric=name, value=float(value), unit="nats")
-        for name, value in values.items()
-    ]
-
-
-def draw(
-    picture: Path,
-    pairs: dict[str, tuple[np.ndarray, np.ndarray]],
-    study: Study,
-    losses: dict[str, np.ndarray],
-) -> None:
-    """Draw predicted against true loss, and the final models' losses."""
+def draw(picture: Path, pairs: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    """Draw predicted against true loss."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    axes = figure.subplots(2, 2)
-    for axis, (objective, (predicted, true)) in zip(axes[0], pairs.items(), strict=True):
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for axis, (objective, (predicted, true)) in zip(axes, pairs.items(), strict=True):
         axis.scatter(true, predicted, s=22, color="#3b6fb6")
         ends = [min(true.min(), predicted.min()), max(true.max(), predicted.max())]
         axis.plot(ends, ends, color="#999999", linewidth=1)
@@ -268,27 +185,8 @@ def draw(
         )
         axis.set_xlabel("true loss [nats/token]")
         axis.set_ylabel("predicted loss [nats/token]")
-    column = study.config.targets.index(TARGET)
-    _bars(axes[1][0], TARGET, {name: value[:, column] for name, value in losses.items()})
-    _bars(axes[1][1], "mean of all domains", {n: v.mean(axis=1) for n, v in losses.items()})
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=110)
-
-
-def _bars(axis: Axes, title: str, values: dict[str, np.ndarray]) -> None:
-    names = sorted(values, key=lambda name: values[name].mean())
-    for row, name in enumerate(names):
-        seeds = values[name]
-        colour = "#d1663a" if name.startswith("optimum") else "#8a8f98"
-        axis.errorbar(
-            seeds.mean(), row, xerr=seeds.std(ddof=1), fmt="o", color=colour, capsize=4, zorder=3
-        )
-        axis.scatter(seeds, [row] * len(seeds), s=12, color=colour, alpha=0.5)
-    axis.set_yticks(range(len(names)), names)
-    axis.invert_yaxis()
-    axis.set_title(f"final models, loss on {title}")
-    axis.set_xlabel("loss [nats/token], mean and spread of 3 seeds")
-    axis.grid(axis="x", alpha=0.3)
 
 
 def main() -> None:
@@ -315,21 +213,10 @@ def main() -> None:
     runs = read_runs(study.mixtures_path, study.losses_path)
     unseen = read_runs(unseen_study.mixtures_path, unseen_study.losses_path)
     records = []
-    for regressor in ("linear", "lightgbm", "powerlaw", "auto"):
+    for regressor in (*REGRESSORS, "auto"):
         surrogate = fit(runs.weights, runs.losses, regressor=regressor, seed=0)
         judged, pairs = judge(surrogate, regressor, runs, unseen)
         records += judged
-    optima = {}
-    for objective in (TARGET, "mean"):
-        best = decide(study, surrogate, objective)
-        optima[objective] = options.out / f"optimum-{objective}.yaml"
-        if not optima[objective].exists():
-            write_mixture_yaml(
-                optima[objective], Mixture(dict(zip(runs.domains, best.weights, strict=True)))
-            )
-    clock.run("final models", lambda: train_final(study, optima))
-    losses = final_losses(study)
-    records += final_records(study, losses)
     records += [
         Record(suite="corpus_study", case=stage, metric="wall", value=seconds, unit="s")
         for stage, seconds in clock.seconds.items()
@@ -338,7 +225,7 @@ def main() -> None:
     if options.json:
         append(options.json, records)
     if options.picture:
-        draw(options.picture, pairs, study, losses)
+        draw(options.picture, pairs)
 
 
 def refuse_shared_mixtures(study: Study, unseen: Study) -> None:

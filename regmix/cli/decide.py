@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from regmix.errors import ConfigError, StudyError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from regmix.decision.objective import ObjectiveLike
     from regmix.study import Study
 
@@ -34,6 +36,16 @@ def open_source(
             f"{opened.path} has no losses yet", cure="Train the proxies: regmix-fast proxies"
         )
     return opened, opened.mixtures_path, opened.losses_path
+
+
+def natural_of(study: Study | None, domains: tuple[str, ...]) -> np.ndarray | None:
+    """Return the study's natural mixture over these domains [D], None where there is no study."""
+    import numpy as np
+
+    if study is None or not set(domains) <= set(study.config.prior):
+        return None
+    weights = np.array([study.config.prior[domain] for domain in domains])
+    return np.asarray(weights / weights.sum())
 
 
 def wanted_objective(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from regmix.cli.proposing import proposal_options, propose_round, request_of
 from regmix.cli.training import training_options
 
 if TYPE_CHECKING:
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
 
 _USED_BY_DRAW = ("num", "sampler", "settings", "lower", "upper", "seed")
 _USED_BY_ADD = ("study", "add", "as_json", *_USED_BY_DRAW)
+_USED_BY_PROPOSE = (
+    *("study", "propose", "rule", "max_epochs"),
+    *("target_tokens", "seed", "as_json"),
+)
+_USED_BY_REPLICATES = ("study", "replicates", "of", "as_json")
 
 
 @click.command()
@@ -31,6 +37,20 @@ _USED_BY_ADD = ("study", "add", "as_json", *_USED_BY_DRAW)
     help="Mixtures to draw; with --reuse 6 for each ratio to find, at least 16.",
 )
 @click.option("--add", is_flag=True, help="Draw NUM more for a study that exists.")
+@click.option(
+    "--propose",
+    type=click.IntRange(min=1),
+    help="Add this many to a study, chosen by what its finished proxies have shown.",
+)
+@proposal_options
+@click.option(
+    "--replicates",
+    type=click.IntRange(min=1),
+    help="Train one mixture of the study this many times more, with other seeds: the noise floor.",
+)
+@click.option(
+    "--of", type=int, help="The mixture to replicate.  [default: the nearest to the natural one]"
+)
 @click.option(
     "--from",
     "source",
@@ -91,6 +111,18 @@ _USED_BY_ADD = ("study", "add", "as_json", *_USED_BY_DRAW)
     help="Steps between evaluations; default: only at the end.",
 )
 @click.option(
+    "--schedules",
+    type=click.IntRange(min=1),
+    help="Draw this many proxies more whose mixture changes on the way: for optimize --segments.",
+)
+@click.option(
+    "--segments",
+    type=click.IntRange(min=2),
+    default=2,
+    show_default=True,
+    help="Equal parts of a run, with --schedules.",
+)
+@click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the draw."
 )
 @click.option("--data-seed", type=click.IntRange(min=0), default=0, show_default=True)
@@ -101,6 +133,11 @@ def command(
     shards: str | None,
     num: int,
     add: bool,
+    propose: int | None,
+    rule: str | None,
+    max_epochs: float,
+    replicates: int | None,
+    of: int | None,
     source: str | None,
     sampler: str,
     settings: tuple[str, ...],
@@ -120,6 +157,8 @@ def command(
     vocab_size: int | None,
     eval_tokens: str,
     eval_every: int | None,
+    schedules: int | None,
+    segments: int,
     seed: int,
     data_seed: int,
     init_seed: int,
@@ -144,9 +183,12 @@ def command(
     from regmix.data.shards import ShardSet
     from regmix.errors import StudyError
     from regmix.study import Study, find_study
-    from regmix.swarm.drawing import SwarmRequest, add_mixtures, make_study
+    from regmix.swarm.drawing import SwarmRequest, add_mixtures, add_replicates, make_study
+    from regmix.swarm.schedules import ScheduleRequest
 
-    _refuse_useless(add=add, source=source)
+    _refuse_useless(
+        add=add, propose=propose is not None, replicates=replicates is not None, source=source
+    )
     request = SwarmRequest(
         num=num,
         sampler=sampler,
@@ -156,7 +198,18 @@ def command(
         options=parse_pairs(settings),
     )
     path = Path(study) if study else find_study(None)
-    if add:
+    if replicates is not None:
+        opened = Study.open(path)
+        index, added = add_replicates(opened, replicates, of)
+        words = f"Mixture {index} again, with other seeds, as {added[0]} to {added[-1]}"
+        click.echo(words, err=as_json)
+    elif propose is not None:
+        opened = Study.open(path)
+        wanted = request_of(
+            propose, rule, seed=seed, target_tokens=target_tokens, max_epochs=max_epochs
+        )
+        propose_round(opened, wanted, as_json=as_json)
+    elif add:
         opened = Study.open(path)
         add_mixtures(opened, request)
     else:
@@ -181,6 +234,9 @@ def command(
             eval_tokens=None if eval_tokens == "all" else parse_count(eval_tokens),
             eval_every=eval_every,
         )
+        changing = None
+        if schedules is not None:
+            changing = ScheduleRequest(num=schedules, num_segments=segments)
         opened = make_study(
             path,
             corpus,
@@ -192,9 +248,13 @@ def command(
             init_seed=init_seed,
             target_tokens=parse_count(target_tokens) if target_tokens else None,
             reuse=kept,
+            schedules=changing,
         )
         for remark in kept.remarks if kept else ():
             click.echo(remark, err=True)
+        if changing is not None:
+            words = f"{changing.num} proxies more change their mixture, in {segments} segments"
+            click.echo(f"{words}: {opened.schedules_path}", err=True)
     drawn = MixtureTable.read_csv(opened.mixtures_path)
     rows = coverage(drawn, opened.config.prior)
     uses = pools_in_use(opened, rows)
@@ -238,19 +298,36 @@ def _is_default(name: str) -> bool:
     return click.get_current_context().get_parameter_source(name) is ParameterSource.DEFAULT
 
 
-def _refuse_useless(*, add: bool, source: str | None) -> None:
-    """Raise for an option that was given and that --add or --from leaves without use."""
+def _refuse_useless(*, add: bool, propose: bool, replicates: bool, source: str | None) -> None:
+    """Raise for an option that was given and that another one leaves without use."""
     from regmix.errors import ConfigError
 
     for option in click.get_current_context().command.params:
         name = option.name or ""
         if _is_default(name):
             continue
-        if add and name not in _USED_BY_ADD:
+        for given, flag, used in (
+            (replicates, "--replicates", _USED_BY_REPLICATES),
+            (propose, "--propose", _USED_BY_PROPOSE),
+            (add, "--add", _USED_BY_ADD),
+        ):
+            if given and name not in used:
+                raise ConfigError(
+                    f"{option.opts[0]} has no use with {flag}: the study keeps the settings that "
+                    "it was made with",
+                    cure=f"Leave {option.opts[0]} out, or make a new study",
+                )
+        if name == "segments" and _is_default("schedules"):
             raise ConfigError(
-                f"{option.opts[0]} has no use with --add: the study keeps the settings that it "
-                "was made with",
-                cure=f"Leave {option.opts[0]} out, or make a new study",
+                "--segments has no use without --schedules", cure="Say how many: --schedules 32"
+            )
+        if name in ("rule", "max_epochs") and not propose:
+            raise ConfigError(
+                f"{option.opts[0]} has no use without --propose", cure="Say how many: --propose 8"
+            )
+        if name == "of" and not replicates:
+            raise ConfigError(
+                "--of has no use without --replicates", cure="Say how many: --replicates 4"
             )
         if source is not None and name in _USED_BY_DRAW:
             raise ConfigError(

@@ -31,6 +31,20 @@ if TYPE_CHECKING:
 @click.option("--lower", multiple=True, metavar="DOMAIN=W", help="Smallest weight; repeatable.")
 @click.option("--upper", multiple=True, metavar="DOMAIN=W", help="Largest weight; repeatable.")
 @click.option(
+    "--kl",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Nats of loss that a nat of KL(mixture || prior) costs, for example 0.05.",
+)
+@click.option(
+    "--guard",
+    help="natural, uniform, unimax, best observed or a YAML file: no target may get worse than it.",
+)
+@click.option(
+    "--guard-tolerance", type=float, metavar="NATS", help="By more than this.  [default: 0.01]"
+)
+@click.option(
     "--prior", help="natural, uniform or a YAML file.  [default: natural; runs' mean with --losses]"
 )
 @click.option("--baseline", "files", multiple=True, help="YAML file to compare with; repeatable.")
@@ -42,7 +56,8 @@ if TYPE_CHECKING:
     help="simulate is the paper's: the mean of the best 128 of 100,000 draws.",
 )
 @click.option(
-    "--regressor", help="auto, powerlaw, lightgbm or linear.  [default: as fit, else auto]"
+    "--regressor",
+    help="auto, gp, powerlaw, loglinear, lightgbm or linear.  [default: as fit, else auto]",
 )
 @click.option(
     "--seed", type=click.IntRange(min=0), help="Seed of fit and search.  [default: as fit, else 0]"
@@ -63,6 +78,9 @@ def command(
     available: tuple[str, ...],
     lower: tuple[str, ...],
     upper: tuple[str, ...],
+    kl: float,
+    guard: str | None,
+    guard_tolerance: float | None,
     prior: str | None,
     files: tuple[str, ...],
     method: str,
@@ -77,6 +95,7 @@ def command(
     \b
     Examples:
       regmix-fast optimize study --tokens 25B --max-epochs 4
+      regmix-fast optimize study --objective worst --guard natural --guard-tolerance 0.02
       regmix-fast optimize --mixtures train_mixture_1m.csv --losses train_pile_loss_1m.csv \\
           --objective pile_cc --prior human.yaml --out optimum.yaml
     """
@@ -84,8 +103,9 @@ def command(
 
     from regmix.cli.decide import open_source, wanted_objective
     from regmix.cli.words import parse_count, parse_pairs
-    from regmix.decision.optimum import optimize
+    from regmix.decision.guard import TOLERANCE_NATS
     from regmix.decision.records import optimum_record, write_optimum
+    from regmix.decision.reuse import groups_of, optimize_frozen, reduce_runs, reused_baseline
     from regmix.decision.runs import read_runs
     from regmix.decision.surrogate import fit
     from regmix.errors import ConfigError
@@ -95,14 +115,23 @@ def command(
             "--available limits epochs only for a run of known length",
             cure="Add its tokens, for example --tokens 25B, or leave --available out",
         )
+    if guard_tolerance is not None and guard is None:
+        raise ConfigError(
+            "--guard-tolerance says by how much, but not worse than what",
+            cure="Add the mixture, for example --guard natural, or leave the tolerance out",
+        )
     opened, mixtures_path, losses_path = open_source(study, mixtures, losses)
     runs = read_runs(mixtures_path, losses_path, partial=partial)
     used, used_seed = _settings_of_fit(opened, regressor, seed)
-    model = fit(runs.weights, runs.losses, regressor=used, seed=used_seed)
+    groups = groups_of(opened, runs)
+    short = reduce_runs(runs, groups)
+    model = fit(short.weights, short.losses, regressor=used, seed=used_seed)
+    reference, files = _guard_of(guard, files)
     given, remarks = _mixtures_of(files)
     start, more = _prior_of(prior, opened)
-    best = optimize(
+    best, notes = optimize_frozen(
         model,
+        groups,
         objective=wanted_objective(objective, opened, runs.targets),
         prior=start,
         lower=parse_pairs(lower),
@@ -110,7 +139,10 @@ def command(
         available_tokens=_available(available, opened) if tokens else None,
         budget_tokens=parse_count(tokens) if tokens else None,
         max_epochs=max_epochs,
-        baselines=given,
+        kl=kl,
+        guard=reference,
+        guard_tolerance=TOLERANCE_NATS if guard_tolerance is None else guard_tolerance,
+        baselines={**reused_baseline(opened), **given},
         method=method,
         extrapolate=extrapolate,
         seed=used_seed,
@@ -124,19 +156,12 @@ def command(
         return
     for run in runs.dropped:
         click.echo(f"Left out: run {run.index}, {run.reason}")
-    for remark in (*remarks, *more):
+    for remark in (*remarks, *more, *notes):
         click.echo(remark)
     _show(best)
     click.echo(f"Surrogate: {model.reason}")
-    if best.epochs is None:
-        click.echo("Epochs are not limited: say how long the large run is, --tokens 25B")
     if path is not None:
         click.echo(f"Written: {path}, {path.with_suffix('.json')}")
-    if best.at_edge:
-        click.echo(
-            f"At the largest weight of any run: {', '.join(best.at_edge)}. More may be better "
-            "still: draw mixtures beyond it, or allow the guess with --extrapolate"
-        )
     follow = (
         f"regmix-fast train {study or ''} --mixture optimum --mixture natural"
         if opened
@@ -175,6 +200,13 @@ def _mixtures_of(files: tuple[str, ...]) -> tuple[dict[str, Mapping[str, float]]
         found[Path(name).stem] = mixture
         remarks += _scaled(name, mixture.requested_sum)
     return found, remarks
+
+
+def _guard_of(guard: str | None, files: tuple[str, ...]) -> tuple[str | None, tuple[str, ...]]:
+    """Return the guard's name, and the files of baselines: a file that guards is one of them."""
+    if guard is None or Path(guard).suffix not in (".yaml", ".yml"):
+        return guard, files
+    return Path(guard).stem, files if guard in files else (*files, guard)
 
 
 def _scaled(name: str, total: float) -> list[str]:
@@ -236,25 +268,78 @@ def _show(best: Optimum) -> None:
 
     table = Table(title=f"Optimum for {escape(best.objective.name)}", title_justify="left")
     others = [entry for entry in best.baselines if entry.name != "uniform"][:1]
-    headings = ["weight", *(escape(entry.name) for entry in others)]
+    headings = ["weight", "90% interval", *(escape(entry.name) for entry in others)]
     if best.epochs is not None:
         headings.append("epochs")
     table.add_column("domain")
     for heading in headings:
         table.add_column(heading, justify="right")
+    intervals = dict(zip(best.domains, best.interval.tolist(), strict=True))
     for name, weight in sorted(best.mixture.items(), key=lambda pair: (-pair[1], pair[0])):
-        cells = [f"{weight:.2%}", *(f"{entry.weights[name]:.2%}" for entry in others)]
+        low, high = intervals[name]
+        cells = [f"{weight:.2%}", f"{low:.1%} to {high:.1%}"]
+        cells += [f"{entry.weights[name]:.2%}" for entry in others]
         if best.epochs is not None:
             cells.append(f"{best.epochs[name]:.2f}")
         table.add_row(escape(name), *cells)
     console().print(table)
-    compared = Table(title="Predicted objective, at the proxies' scale", title_justify="left")
-    compared.add_column("mixture")
-    for heading in ("loss, nats", "optimum's gain, nats", "within the constraints"):
-        compared.add_column(heading, justify="right")
-    compared.add_row("optimum", f"{best.loss:.4f}", "", "yes")
+    _show_gains(best)
+    _show_terms(best)
+
+
+def _show_gains(best: Optimum) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from regmix.display import console
+
+    table = Table(title="Predicted objective, at the proxies' scale", title_justify="left")
+    table.add_column("mixture")
+    for heading in ("loss, nats", "optimum's gain, nats", "90% interval", "better", "allowed"):
+        table.add_column(heading, justify="right")
+    table.add_row("optimum", f"{best.loss:.4f}", "", "", "", "yes")
     for entry in best.baselines:
-        cells = [f"{entry.loss:.4f}", f"{entry.gain:+.4f}", "yes" if entry.feasible else "no"]
-        compared.add_row(escape(entry.name), *cells)
-    console().print(compared)
+        interval = entry.gain_interval
+        table.add_row(
+            escape(entry.name),
+            f"{entry.loss:.4f}",
+            f"{entry.gain:+.4f}",
+            f"{interval.low:+.4f} to {interval.high:+.4f}",
+            f"{entry.better:.0%}",
+            "yes" if entry.feasible else "no",
+        )
+    console().print(table)
+    expected = best.loss_interval
+    click.echo(
+        f"A new proxy on the optimum: {best.loss:.4f} nats, 90% interval {expected.low:.4f} to "
+        f"{expected.high:.4f}"
+    )
+    saved = f"A better mixture might still save {best.shortfall_nats:.4f} nats"
+    if best.noise_nats is not None:
+        saved += f"; between seeds a loss moves by {best.noise_nats:.4f} nats"
+    click.echo(saved)
+
+
+def _show_terms(best: Optimum) -> None:
+    """Say what penalty and guard came to, the verdict, and where the limits may be too tight."""
+    if best.divergence_nats is not None and best.kl > 0:
+        click.echo(
+            f"KL from the prior: {best.divergence_nats:.3f} nats, "
+            f"a penalty of {best.kl * best.divergence_nats:.4f} nats"
+        )
+    if best.guard is not None and best.guard_changes is not None:
+        name, change = max(best.guard_changes.items(), key=lambda pair: pair[1])
+        click.echo(
+            f"Guard: no target more than {best.guard.tolerance_nats:g} nats above "
+            f"'{best.guard.name}'; the nearest is {name}, at {change:+.4f} nats"
+        )
+    for remark in best.remarks:
+        click.echo(remark)
     click.echo(f"Verdict: {best.verdict}")
+    if best.epochs is None:
+        click.echo("Epochs are not limited: say how long the large run is, --tokens 25B")
+    if best.at_edge:
+        click.echo(
+            f"At the largest weight of any run: {', '.join(best.at_edge)}. More may be better "
+            "still: draw mixtures beyond it, or allow the guess with --extrapolate"
+        )

@@ -23,21 +23,20 @@ from regmix.data.draws import (
     RegmixOptions,
     bounds_array,
     check_bounds,
+    distinct,
     draw_bounded,
     draw_regmix,
 )
+from regmix.data.strict_yaml import read_yaml
 from regmix.errors import ConfigError, MixtureError, nearest
 from regmix.files import atomic_open, read_text, write_text
 
 # Published tables are rounded to 0.001, so their rows sum to 0.996-1.003.
 SUM_TOLERANCE = 0.01
 PREFIX = "train_"
-_LARGEST_YAML_CHARACTERS = 1_000_000
 # Token counts pass as weights to be scaled; beyond this nothing is a weight, and sums overflow.
 _LARGEST_WEIGHT = 1e18
 _MOST_MIXTURES = 100_000
-# Two mixtures nearer than this in every weight are one mixture.
-_DISTINCT = 1e-6
 
 
 def normalised(weights: Sequence[float] | np.ndarray) -> np.ndarray:
@@ -158,8 +157,8 @@ class Mixture(Mapping[str, float]):
 class MixtureTable:
     """Mixtures of the same domains, one a row: weights [K, D] float64, each row summing to 1.
 
-    `indices` name the rows (unique integers >= 0); `domains` keep the order they came in. Raises
-    `MixtureError` with the row for anything that is not a mixture.
+    `indices` name the rows (unique integers >= 0); `domains` keep the order they came in. Rows may
+    be alike: replicates of a mixture. Raises `MixtureError` with the row for what is no mixture.
     """
 
     domains: tuple[str, ...]
@@ -179,7 +178,7 @@ class MixtureTable:
         rows = []
         for index, row in zip(self.indices, weights, strict=True):
             where = f"mixture {index}"
-            for name, weight in zip(self.domains, row, strict=True):
+            for name, weight in zip(self.domains, row.tolist(), strict=True):
                 _check_weight(weight, f"{where}, '{name}'")
             _check_sum(math.fsum(row), where)
             rows.append(normalised(row))
@@ -254,11 +253,13 @@ def _check_domains(names: Sequence[str], known: Sequence[str], where: str) -> No
         raise MixtureError(f"{where}: no column for domain '{missing[0]}'", cure="Add the column")
 
 
-def read_index_table(path: Path | str) -> tuple[list[str], list[int], list[list[str]]]:
+def read_index_table(
+    path: Path | str, *, unique: bool = True
+) -> tuple[list[str], list[int], list[list[str]]]:
     """Read a CSV with an `index` column: the other columns' names, the indices, the cells.
 
-    Raises `MixtureError` with the row for an index that is missing, malformed or there twice, and
-    for a row of another length.
+    Raises `MixtureError` with the row for an index that is missing, malformed or, where they are
+    to be `unique`, there twice, and for a row of another length.
     """
     text = read_text(path).removeprefix("\ufeff")
     try:
@@ -287,7 +288,7 @@ def read_index_table(path: Path | str) -> tuple[list[str], list[int], list[list[
                 f"{where}: index {text_index!r} is not a whole number", cure="Number the rows"
             )
         index = int(text_index)
-        if index in seen:
+        if unique and index in seen:
             raise MixtureError(f"{where}: index {index} appears twice", cure="Remove one of them")
         seen.add(index)
         indices.append(index)
@@ -301,65 +302,26 @@ def read_mixture_yaml(path: Path | str, *, normalise: bool = False) -> Mixture:
     With `normalise`, weights of any positive sum are scaled (two of the four published files sum
     to about 0.8) and `requested_sum` says from what; without it that is a `MixtureError`.
     """
-    import yaml
+    return mixture_of(read_yaml(path), normalise=normalise, where=str(path))
 
-    text = read_text(path)
-    if len(text) > _LARGEST_YAML_CHARACTERS:
-        raise MixtureError(
-            f"{path}: {len(text)} characters is too long for a mixture", cure="Check the path"
-        )
-    try:
-        content = yaml.load(text, Loader=_strict_loader())
-    except (
-        # A malformed scalar under an explicit tag (!!bool zz) fails inside PyYAML in these ways.
-        *(yaml.YAMLError, RecursionError, ValueError, TypeError),
-        *(AttributeError, LookupError, ArithmeticError),
-    ) as error:
-        line = " ".join(str(error).split())[:300]
-        raise MixtureError(f"{path}: not valid YAML ({line})", cure="Correct the file") from error
+
+def mixture_of(content: Any, *, normalise: bool = False, where: str) -> Mixture:
+    """Return the mixture that a table's section `train` holds; `where` names the table."""
     train = content.get("train") if isinstance(content, dict) else None
     if not isinstance(train, dict) or not train:
-        raise MixtureError(f"{path}: no section 'train'", cure="Write 'train: {train_<domain>: w}'")
+        raise MixtureError(
+            f"{where}: no section 'train'", cure="Write 'train: {train_<domain>: w}'"
+        )
     weights: dict[str, float] = {}
     for key, weight in train.items():
         if isinstance(key, int) and abs(key) > _LARGEST_WEIGHT:
-            raise MixtureError(f"{path}: a domain is a number of many digits", cure="Name it")
+            raise MixtureError(f"{where}: a domain is a number of many digits", cure="Name it")
         name = str(key).removeprefix(PREFIX)
         if name in weights:
-            raise MixtureError(f"{path}: domain '{name}' appears twice", cure="Remove one of them")
+            raise MixtureError(f"{where}: domain '{name}' appears twice", cure="Remove one of them")
         # PyYAML reads 1e-5 (no dot) as text, which _check_weight turns into the number.
-        weights[name] = _check_weight(weight, f"{path}, '{name}'")
-    return Mixture(weights, normalise=normalise, where=str(path))
-
-
-def _strict_loader() -> Any:
-    """Return PyYAML's safe loader, made to refuse a key that appears twice, and merge keys.
-
-    Merges (`<<`) of merges grow exponentially, and a mixture needs none.
-    """
-    import yaml
-
-    class StrictLoader(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            seen: set[str] = set()
-            # Anything but a mapping under the tag of one is refused by PyYAML itself.
-            pairs = node.value if isinstance(node, yaml.MappingNode) else []
-            for key in (key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode)):
-                if key in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"'{key}' appears twice", node.start_mark
-                    )
-                seen.add(key)
-            return super().construct_mapping(node, deep=deep)
-
-        def flatten_mapping(self, node: Any) -> None:
-            if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
-                raise yaml.constructor.ConstructorError(
-                    None, None, "merge keys (<<) are not read", node.start_mark
-                )
-            super().flatten_mapping(node)
-
-    return StrictLoader
+        weights[name] = _check_weight(weight, f"{where}, '{name}'")
+    return Mixture(weights, normalise=normalise, where=where)
 
 
 def write_mixture_yaml(
@@ -436,7 +398,7 @@ def draw_swarm(
                 f"unknown sampler '{sampler}' ({nearest(sampler, ['bounded', 'regmix'])})",
                 cure="Use 'bounded' or 'regmix'",
             )
-        weights = _distinct(drawn, known)[:num]
+        weights = distinct(drawn, known)[:num]
         if len(weights) == num or sampler == "regmix":
             break
     if len(weights) < num:
@@ -446,17 +408,6 @@ def draw_swarm(
         )
     first = max(existing.indices, default=0) + 1 if existing is not None else 1
     return MixtureTable(names, tuple(range(first, first + num)), weights)
-
-
-def _distinct(drawn: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Return the rows of `drawn`, in order, that differ from `known` and from earlier rows."""
-    kept = np.concatenate([known, np.empty_like(drawn)])
-    count = len(known)
-    for row in drawn:
-        if not count or np.abs(kept[:count] - row).max(1).min() > _DISTINCT:
-            kept[count] = row
-            count += 1
-    return kept[len(known) : count]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,8 @@ from regmix.errors import ConfigError
 
 # Far beyond any sensible weight, and far below where sums overflow.
 _LARGEST_WEIGHT = 1e6
+# Weights that differ by less, of the largest, are equal weights that went through a file.
+_EQUAL = 1e-9
 
 ObjectiveLike = str | int | Sequence[str] | Mapping[str, float] | Mapping[int, float]
 
@@ -72,8 +74,17 @@ def make_objective(wanted: ObjectiveLike, targets: Sequence[str]) -> Objective:
     if not used:
         raise ConfigError("the objective has no target", cure="Give one a weight above 0")
     shares = np.array(list(used.values())) / math.fsum(used.values())
-    parts = [targets[c] if len(used) == 1 else f"{targets[c]}={w:g}" for c, w in used.items()]
-    return Objective(",".join(parts), tuple(used), shares)
+    return Objective(_name(used, targets), tuple(used), shares)
+
+
+def _name(used: Mapping[int, float], targets: Sequence[str]) -> str:
+    """Return the objective in words: a target, a mean, or weights."""
+    names = [targets[column] for column in used]
+    if len(names) == 1:
+        return names[0]
+    if max(used.values()) - min(used.values()) <= _EQUAL * max(used.values()):
+        return "mean" if len(names) == len(targets) else f"mean of {', '.join(names)}"
+    return ",".join(f"{targets[column]}={weight:g}" for column, weight in used.items())
 
 
 def _position(name: str | int, targets: Sequence[str]) -> int:

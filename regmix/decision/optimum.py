@@ -1,62 +1,72 @@
 """The best mixture that a surrogate predicts, under constraints.
 
-Enters: a surrogate, an objective, constraints, baselines. Leaves: an `Optimum`: the mixture, its
-predicted losses, its gain over the baselines and a verdict. Every number is at the proxies' scale:
-losses of larger models lie elsewhere, their order and the sign of gains carry over.
+Enters: a surrogate, an objective, constraints, a guard, baselines. Leaves: an `Optimum`: the
+mixture, its predicted losses, its gain over the baselines and a verdict. Every number is at the
+proxies' scale: losses of larger models lie elsewhere, their order and the sign of gains carry over.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from regmix.data.mixtures import Mixture, normalised
-from regmix.decision.baselines import Baseline, make_baselines
-from regmix.decision.constraints import Constraints, PerDomain, make_constraints
+from regmix.data.mixtures import Mixture
+from regmix.decision.baselines import RESERVED, Baseline, make_baselines, named
+from regmix.decision.comparison import Compared, compare
+from regmix.decision.constraints import (
+    Constraints,
+    PerDomain,
+    make_constraints,
+    upper_is_own,
+)
+from regmix.decision.guard import TOLERANCE_NATS, Guard, make_guard
+from regmix.decision.noise import objective_noise
 from regmix.decision.objective import Objective, ObjectiveLike, make_objective
+from regmix.decision.penalty import divergence, make_penalty
+from regmix.decision.predictor import Predictor
 from regmix.decision.runs import resolve
-from regmix.decision.search import Predictor, search
+from regmix.decision.search import Found, search
 from regmix.decision.surrogate import Surrogate
+from regmix.decision.uncertainty import Interval, Sureness, predicted_interval, sureness
+from regmix.decision.validation import spearman
+from regmix.decision.verdict import judge
 from regmix.errors import ConfigError, nearest
 
 METHODS = ("exact", "simulate")
-# One-sided 95 %: a gain is believed beyond this many standard deviations of its own error.
-_BELIEVED = 1.645
-
-
-@dataclass(frozen=True, kw_only=True)
-class Compared:
-    """A baseline beside the optimum: predicted objective, gain over it, in nats."""
-
-    name: str
-    weights: dict[str, float]
-    loss: float
-    gain: float
-    feasible: bool
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Optimum:
     """The best mixture found, all losses predicted, in nats at the proxies' scale.
 
-    weights [D] in the order of `domains`; loss and gain of the objective, gain over the chosen
-    baseline with its standard error; per_target: (mean, standard deviation); epochs of each
-    domain in the run, where token counts were given; at_edge: domains at the largest weight that
-    any run had, where more may be better still. Intervals on the weights are not given:
-    they need the runs resampled.
+    weights [D] in the order of `domains`, interval [D, 2]: where 90% of the surfaces that the runs
+    leave possible have their best mixture; loss of the objective, loss_interval: of a new proxy on
+    it; gain over the chosen baseline with its 90% interval, as over the others in `baselines`;
+    shortfall_nats: what the best mixture of such a surface saves beyond the optimum, on average;
+    noise_nats: standard deviation between seeds, where known; verdict in words, its action (`use`,
+    `keep`, `train more`) and how many more_proxies; per_target: (mean, standard deviation) of a
+    new proxy; epochs of each domain in the run, where token counts were given; at_edge: domains at
+    the largest weight that any run had, where more may be better still; kl: strength of the
+    penalty, and divergence_nats: KL from the prior, where there is one; guard: what no target may
+    be worse than, and guard_changes: target -> nats above it; remarks: what `simulate` could not
+    do as in the paper.
     """
 
     domains: tuple[str, ...]
     weights: np.ndarray
+    interval: np.ndarray
     mixture: Mixture
     objective: Objective
     method: str
     loss: float
+    loss_interval: Interval
     gain: float
-    gain_error: float
+    gain_interval: Interval
+    shortfall_nats: float
+    noise_nats: float | None
     baseline: str
     per_target: dict[str, tuple[float, float]]
     baselines: tuple[Compared, ...]
@@ -64,7 +74,19 @@ class Optimum:
     constraints: Constraints
     seed: int
     verdict: str
+    action: str
+    more_proxies: int | None
     at_edge: tuple[str, ...] = ()
+    kl: float = 0.0
+    divergence_nats: float | None = None
+    guard: Guard | None = None
+    guard_changes: dict[str, float] | None = None
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def minimised(self) -> float:
+        """The objective with the penalty: what the search made as small as it could."""
+        return self.loss + self.kl * (self.divergence_nats or 0.0)
 
 
 def optimize(
@@ -77,6 +99,9 @@ def optimize(
     available_tokens: PerDomain = None,
     budget_tokens: float | None = None,
     max_epochs: float | None = 4,
+    kl: float = 0.0,
+    guard: str | Mapping[str, float] | None = None,
+    guard_tolerance: float = TOLERANCE_NATS,
     baseline: str | Mapping[str, float] = "prior",
     baselines: Mapping[str, Mapping[str, float]] | None = None,
     method: str = "exact",
@@ -90,7 +115,9 @@ def optimize(
     in the RegMix paper. `exact` goes on from there and never ends worse. Without a prior the mean
     of the runs takes its place; `baselines` are further mixtures to compare with. No domain gets
     more than the largest weight of any run, unless `extrapolate`, an upper bound of its own, or
-    constraints that leave no mixture otherwise: a surrogate knows nothing there. Raises
+    bounds that leave no mixture otherwise: a surrogate knows nothing there. kl: nats added per nat
+    of KL(p || prior). guard: a baseline's name or a mixture that no target, of all that the
+    surrogate knows, may be predicted worse than by more than guard_tolerance nats. Raises
     `ConstraintError`, `ConfigError`, `MixtureError` and `LossTableError`.
     """
     if method not in METHODS:
@@ -108,43 +135,67 @@ def optimize(
         budget_tokens=budget_tokens,
         max_epochs=max_epochs,
     )
+    natural = _prior(prior, model.domains)
+    penalty = make_penalty(kl, natural, limits)
     given = dict(baselines or {})
-    taken = [name for name in given if name in ("prior", "natural", "uniform", "best observed")]
-    if taken:
+    if taken := [name for name in given if name in RESERVED]:
         raise ConfigError(f"a baseline may not be called '{taken[0]}'", cure="Rename it")
     if not isinstance(baseline, str):
         given["baseline"] = baseline
         baseline = "baseline"
-    known = make_baselines(model, target, _prior(prior, model.domains), given)
-    chosen = known[0] if baseline == "prior" else _named(baseline, known)
+    known = make_baselines(model, target, natural, given, limits)
+    chosen = named(baseline, known)
+    kept = _guard(model, guard, guard_tolerance, known)
     observed = model.weights.max(0)
-    weights = search(
-        Predictor(model, target),
-        limits if extrapolate else _within_runs(limits, observed, upper),
+    own = upper_is_own(upper, model.domains)
+    predictor = Predictor(model, target, penalty, kept)
+    searched = limits if extrapolate else limits.within(observed, own)
+    found = search(
+        predictor,
+        searched,
         centre=np.maximum(known[0].weights, 1e-6) * concentration,
         starts=np.stack([entry.weights for entry in known]),
         method=method,
         seed=seed,
     )
-    best = _describe(model, target, limits, normalised(weights), known, chosen, method, seed)
-    at_edge = (best.weights >= observed - 1e-6) & (observed < np.minimum(limits.upper, 0.99))
-    return replace(
-        best, at_edge=tuple(np.array(model.domains)[at_edge & (best.weights > 0)].tolist())
+    edge = (found.weights >= observed - 1e-6) & (observed < np.minimum(limits.upper, 0.99))
+    edge &= found.weights > 0
+    rows = [entry.weights for entry in known]
+    sure = sureness(predictor, model, searched, found.weights, rows, seed=seed)
+    return _described(
+        model,
+        predictor,
+        limits,
+        found,
+        known,
+        chosen,
+        sure,
+        kl=kl,
+        divergence_nats=None if natural is None else _divergence(found.weights, natural),
+        at_edge=tuple(name for name, at in zip(model.domains, edge, strict=True) if at),
+        method=method,
+        seed=seed,
     )
 
 
-def _within_runs(limits: Constraints, observed: np.ndarray, upper: PerDomain) -> Constraints:
-    """Return the constraints with no weight above the largest observed, where that is feasible."""
-    own = np.array([False] * len(limits.domains))
-    if isinstance(upper, Mapping):
-        own[[limits.domains.index(resolve(str(n), limits.domains, "domain")) for n in upper]] = True
-    elif upper is not None:
-        own[:] = True
-    ceiling = np.where(own, limits.upper, np.minimum(limits.upper, observed))
-    ceiling = np.maximum(ceiling, limits.lower)
-    if ceiling.sum() < 1:
-        return limits
-    return replace(limits, upper=ceiling)
+def _guard(
+    model: Surrogate,
+    wanted: str | Mapping[str, float] | None,
+    tolerance_nats: float,
+    known: tuple[Baseline, ...],
+) -> Guard | None:
+    if wanted is None:
+        return None
+    if isinstance(wanted, str):
+        return make_guard(model, named(wanted, known, "guard"), tolerance_nats)
+    mixture = Mixture(wanted, where="guard").array(model.domains)
+    return make_guard(model, Baseline("guard", mixture), tolerance_nats)
+
+
+def _divergence(weights: np.ndarray, prior: np.ndarray) -> float | None:
+    """Return KL(p || prior) in nats; None where it is infinite."""
+    found = float(divergence(weights[None], prior)[0])
+    return found if np.isfinite(found) else None
 
 
 def _prior(prior: Any, domains: tuple[str, ...]) -> np.ndarray | None:
@@ -165,82 +216,57 @@ def _prior(prior: Any, domains: tuple[str, ...]) -> np.ndarray | None:
     return Mixture(named, where="prior").array(domains)
 
 
-def _named(name: str, baselines: Sequence[Baseline]) -> Baseline:
-    for entry in baselines:
-        if entry.name == name:
-            return entry
-    names = ["prior", *(entry.name for entry in baselines)]
-    raise ConfigError(f"unknown baseline '{name}' ({nearest(name, names)})", cure="Correct it")
-
-
-def _describe(
+def _described(
     model: Surrogate,
-    objective: Objective,
+    predictor: Predictor,
     limits: Constraints,
-    weights: np.ndarray,
+    found: Found,
     baselines: Sequence[Baseline],
     chosen: Baseline,
-    method: str,
-    seed: int,
+    sure: Sureness,
+    **rest: Any,
 ) -> Optimum:
+    """Return the optimum with its predicted losses, beside every baseline, and the verdict."""
+    weights, objective, guard = found.weights, predictor.objective, predictor.guard
     mean, deviation = model.predict(weights)
-    loss = float(objective.of_all(mean)[0])
-    compared = []
-    for entry in baselines:
-        predicted = float(objective.of_all(model.mean(entry.weights))[0])
-        compared.append(
-            Compared(
-                name=entry.name,
-                weights=dict(zip(model.domains, entry.weights.tolist(), strict=True)),
-                loss=predicted,
-                gain=predicted - loss,
-                feasible=bool(limits.satisfied(entry.weights[None])[0]),
-            )
-        )
-    gain = next(entry.gain for entry in compared if entry.name == chosen.name)
-    error = _gain_error(model, objective)
+    expected, _ = predicted_interval(model, objective, weights)
+    compared = compare(model, predictor, limits, expected.mean, baselines, sure)
+    over = next(entry for entry in compared if entry.name == chosen.name)
+    verdict = judge(
+        gain=over.gain_interval,
+        better=over.better,
+        baseline=over.name,
+        feasible=over.feasible,
+        num_runs=len(model.losses),
+        held_out_spearman=spearman(
+            objective.of_all(model.losses), objective.of_all(model.held_out)
+        ),
+    )
     return Optimum(
         domains=model.domains,
         weights=weights,
+        interval=sure.weights,
         mixture=Mixture(dict(zip(model.domains, weights.tolist(), strict=True))),
         objective=objective,
-        method=method,
-        loss=loss,
-        gain=gain,
-        gain_error=error,
+        loss=expected.mean,
+        loss_interval=expected,
+        gain=over.gain,
+        gain_interval=over.gain_interval,
+        shortfall_nats=sure.shortfall_nats,
+        noise_nats=objective_noise(model, objective),
         baseline=chosen.name,
         per_target={
             name: (float(mean[0, j]), float(deviation[0, j]))
             for j, name in enumerate(model.targets)
         },
-        baselines=tuple(compared),
+        baselines=compared,
         epochs=limits.epochs(weights),
         constraints=limits,
-        seed=seed,
-        verdict=_verdict(next(entry for entry in compared if entry.name == chosen.name), error),
+        verdict=verdict.text,
+        action=verdict.action,
+        more_proxies=verdict.more_proxies,
+        guard=guard,
+        guard_changes=None if guard is None else guard.changes(mean[0]),
+        remarks=found.remarks,
+        **rest,
     )
-
-
-def _gain_error(model: Surrogate, objective: Objective) -> float:
-    """Return the standard error of a predicted difference of the objective between two mixtures."""
-    wrong = objective.of_all(model.held_out) - objective.of_all(model.losses)
-    return float(np.sqrt(2 * np.mean(wrong**2)))
-
-
-def _verdict(over: Compared, error: float) -> str:
-    gain, limit, name = over.gain, _BELIEVED * error, over.name
-    allowance = f"the {limit:.3f} nats that the error of the prediction explains"
-    if gain > limit:
-        return f"use the optimum: {gain:.3f} nats below '{name}', more than {allowance}"
-    if not over.feasible:
-        cost = f"costs {-gain:.3f} nats" if gain < 0 else f"costs nothing (gain {gain:.3f} nats)"
-        return (
-            f"use the optimum: '{name}' breaks the constraints, and keeping them {cost} by the "
-            f"prediction (standard error {error:.3f} nats)"
-        )
-    if gain < 0:
-        return (
-            f"keep '{name}': it respects the constraints, and the optimum is predicted "
-            f"{-gain:.3f} nats worse"
-        )
-    return f"keep '{name}': a predicted gain of {gain:.3f} nats is no more than {allowance}"

@@ -19,8 +19,9 @@ import numpy as np
 from regmix.data.groups import KEPT, Groups, find_groups
 from regmix.data.mixtures import Mixture, normalised, read_mixture_yaml
 from regmix.decision.baselines import SWARM_MEAN
+from regmix.decision.comparison import Compared
 from regmix.decision.constraints import Constraints, PerDomain, make_constraints
-from regmix.decision.optimum import Compared, Optimum, optimize
+from regmix.decision.optimum import Optimum, optimize
 from regmix.decision.runs import NamedArray, Runs, resolve
 from regmix.decision.surrogate import Surrogate
 from regmix.errors import ConfigError, ConstraintError
@@ -243,6 +244,7 @@ def _expanded(
         best,
         domains=groups.domains,
         weights=weights,
+        interval=groups.expand(best.interval.T).T,
         mixture=Mixture(dict(zip(groups.domains, weights.tolist(), strict=True))),
         baseline=chosen,
         baselines=compared,

@@ -79,6 +79,11 @@ class Runs:
         return len(self.indices)
 
     @property
+    def replicate_groups(self) -> tuple[tuple[int, ...], ...]:
+        """Positions of runs on one mixture, groups of 2 or more: they tell the noise of a seed."""
+        return replicate_groups(self.weights)
+
+    @property
     def constant_domains(self) -> tuple[str, ...]:
         """Domains with one weight in all runs: nothing can be learned about them."""
         spread = np.ptp(np.asarray(self.weights), axis=0)
@@ -90,6 +95,15 @@ class Runs:
         names = tuple(self.targets[column] for column in columns)
         losses = NamedArray.of(np.asarray(self.losses)[:, columns], names)
         return Runs(self.weights, losses, self.domains, names, self.indices, self.dropped)
+
+
+def replicate_groups(weights: np.ndarray) -> tuple[tuple[int, ...], ...]:
+    """Return the positions of identical rows of weights [K, D], groups of 2 or more, in order."""
+    groups: dict[bytes, list[int]] = {}
+    # Adding 0 makes the two zeros of floating point one.
+    for position, row in enumerate(np.asarray(weights, dtype=np.float64) + 0.0):
+        groups.setdefault(row.tobytes(), []).append(position)
+    return tuple(tuple(group) for group in groups.values() if len(group) > 1)
 
 
 def resolve(name: str, known: Sequence[str], kind: str) -> str:
@@ -120,6 +134,7 @@ def read_runs(
 ) -> Runs:
     """Read `index,train_<domain>,...` and `index,metric/<target>_val_loss,...`, joined on index.
 
+    Runs on one mixture under several indices are kept: they are replicates, of different seeds.
     Runs whose losses are not finite, or above a million nats, are left out and named in `.dropped`;
     so are mixtures without losses when `partial`, otherwise they are an error. Raises
     `MixtureError` and `LossTableError`.

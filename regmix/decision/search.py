@@ -1,61 +1,60 @@
-"""The search for a surrogate's best mixture within bounds.
+"""The search for a surrogate's best mixture within bounds and a guard.
 
-Enters: a predictor of the objective, constraints, starting mixtures, a seed. Leaves: weights [D]
-within the bounds. `simulate` is the paper's; `exact` starts from it, follows gradients where every
-member has them, and moves weight between pairs of domains otherwise.
+Enters: a predictor, constraints, starting mixtures, a seed. Leaves: weights [D] that respect both,
+or the error that names what clashes. `simulate` is the paper's (`simulation`); `exact` goes on from
+there, by gradients where every member has them (`descent`), else by exchange (`exchange`).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
-from regmix.data.draws import drop_small, scale_into_bounds
+from regmix.data.draws import drop_small
+from regmix.data.mixtures import normalised
 from regmix.decision.constraints import Constraints
-from regmix.decision.objective import Objective
-from regmix.decision.surrogate import Surrogate, sum_of
+from regmix.decision.descent import Aim, descend
+from regmix.decision.exchange import exchange
+from regmix.decision.guard import refusal
+from regmix.decision.predictor import Predictor
+from regmix.decision.simulation import NUM_AVERAGED, NUM_DRAWS, Drawn, draw
 
-NUM_DRAWS = 100_000
-NUM_AVERAGED = 128
-# Trees judge every draw by a tenth of their rounds, and the best tenth in full: on the published
-# runs that keeps 99-100 % of the best 128 (4 targets, 2 concentrations), at a fifth of the time.
-_SCREENED = NUM_DRAWS // 10
-# Evaluations of one target at one mixture that the exchange may spend: 1-2 s of trees.
-_EXCHANGE_BUDGET = 60_000
-_NEGLIGIBLE = 1e-6
+# Starts that are followed: gradients are cheap, exchanges take up to a second of trees each.
+_DESCENTS, _EXCHANGES = 6, 2
+# Draws among the starts, no two nearer than this in any weight.
+_DRAWS_FOLLOWED, _APART = 4, 0.05
+# Weights below it are specks that the gradient search leaves where a domain does not pay.
+_NEGLIGIBLE = 1e-5
+_NO_WORSE_NATS = 1e-9
 
 
-class Predictor:
-    """The objective of mixtures [N, D], from the members' predictions of its targets alone."""
+@dataclass(frozen=True, eq=False)
+class Found:
+    """The best weights [D], and what a reader should know of how they came about."""
 
-    def __init__(self, model: Surrogate, objective: Objective) -> None:
-        self.objective = objective
-        self.num_targets = len(objective.columns)
-        self._members = model.select(objective.columns)
-        self.has_trees = any(hasattr(m.model, "coarse_mean") for m in self._members)
-        self.is_smooth = not objective.worst and all(
-            hasattr(member.model, "gradient") for member in self._members
-        )
+    weights: np.ndarray
+    remarks: tuple[str, ...] = ()
 
-    def value(self, weights: np.ndarray) -> np.ndarray:
-        """Return the objective [N]."""
-        parts = [member.share * member.model.mean(weights) for member in self._members]
-        return self.objective.value(sum_of(parts))
 
-    def coarse_value(self, weights: np.ndarray) -> np.ndarray:
-        """Return the objective [N] with the trees' cheap estimate."""
-        parts = []
-        for member in self._members:
-            estimate = getattr(member.model, "coarse_mean", member.model.mean)
-            parts.append(member.share * estimate(weights))
-        return self.objective.value(sum_of(parts))
+@dataclass(frozen=True, eq=False)
+class _Pool:
+    """Mixtures [S, D] within the bounds, their values [S] and by how much they break the guard."""
 
-    def gradient(self, weights: np.ndarray) -> np.ndarray:
-        """Return the derivatives [D] at one mixture [D]; only where `is_smooth`."""
-        total = np.zeros(len(weights))
-        for member in self._members:
-            slopes = member.model.gradient(weights[None])[0]  # type: ignore[attr-defined]
-            total += member.share * (self.objective.shares @ slopes)
-        return total
+    weights: np.ndarray
+    values: np.ndarray
+    excess: np.ndarray
+
+    @classmethod
+    def of(cls, predictor: Predictor, limits: Constraints, weights: np.ndarray) -> _Pool:
+        exact = np.stack([normalised(row) for row in weights])
+        exact = exact[limits.satisfied(exact)]
+        return cls(exact, *predictor.judge(exact))
+
+    def best(self) -> int | None:
+        """Return the place of the best that keeps the guard; None where none does."""
+        kept = np.flatnonzero(self.excess == 0)
+        return int(kept[self.values[kept].argmin()]) if len(kept) else None
 
 
 def search(
@@ -66,106 +65,99 @@ def search(
     starts: np.ndarray,
     method: str,
     seed: int,
-) -> np.ndarray:
-    """Return the best weights [D]; draws come from Dirichlet(centre), `starts` [S, D] add to them.
+) -> Found:
+    """Return the best weights; draws come from Dirichlet(centre), `starts` [S, D] add to them.
 
-    `exact` is never worse than `simulate` with the same arguments.
+    `exact` is never worse than `simulate` with the same arguments. Raises `ConstraintError` where
+    nothing is found that keeps the guard.
     """
-    averaged, best_draws = _simulate(predictor, limits, centre, seed)
+    drawn = draw(predictor, limits, centre, seed)
+    if predictor.guard is not None:
+        starts = np.vstack([predictor.guard.weights, starts])
+    anchors = limits.moved_inside(starts)
+    simulated = _simulated(predictor, limits, drawn, anchors)
     if method == "simulate":
-        return averaged
-    candidates = [averaged, *best_draws[:4], *into_bounds(starts, limits)]
-    values = predictor.value(np.stack(candidates))
-    order = np.argsort(values, kind="stable")
+        return simulated
+    candidates = [simulated.weights, *_apart(drawn.draws), *anchors]
+    pool = _Pool.of(predictor, limits, np.stack(candidates))
+    order = np.lexsort((pool.values, pool.excess))
     if predictor.is_smooth:
-        for place in order[:6]:
-            candidates.append(_descend(predictor, limits, candidates[place]))
+        found = [descend(predictor, limits, row) for row in pool.weights[order[:_DESCENTS]]]
     else:
-        for place in order[:2]:
-            candidates.append(_exchange(predictor, limits, candidates[place], values[place]))
-    found = np.stack(candidates)
-    cleaned = drop_small(found, limits.lower, limits.upper, _NEGLIGIBLE)
-    # Cleaned ones first: where they are as good, an optimum without specks of weight is returned.
-    every = np.concatenate([cleaned, found])
-    every = every[limits.satisfied(every) & (np.abs(every.sum(1) - 1) < 1e-9)]
-    return every[int(predictor.value(every).argmin())]
+        kept = order[pool.excess[order] == 0][:_EXCHANGES]
+        found = [exchange(predictor, limits, row) for row in pool.weights[kept]]
+    return Found(_settled(predictor, limits, simulated.weights, np.stack(found)))
 
 
-def into_bounds(weights: np.ndarray, limits: Constraints) -> np.ndarray:
-    """Return the mixtures [N, D] moved within the bounds; those that cannot be are left out."""
-    outside = ~limits.satisfied(weights)
-    if not outside.any():
-        return weights
-    moved = weights.copy()
-    # A trace in every domain lets the others take up what a bound cuts off.
-    touched = np.where(weights > 0, weights, 1e-9)[outside]
-    moved[outside] = scale_into_bounds(touched, limits.lower, limits.upper)
-    return moved[limits.satisfied(moved)]
+def _simulated(
+    predictor: Predictor, limits: Constraints, drawn: Drawn, anchors: np.ndarray
+) -> Found:
+    """Return the mean of the best draws; where the guard is against it, the next best thing."""
+    average = drawn.average()
+    if average is not None:
+        pool = _Pool.of(predictor, limits, np.stack([average, drawn.draws[0]]))
+        if pool.excess[0] > 0:
+            remark = "The mean of the best draws breaks the guard: the best draw that keeps it"
+            return Found(pool.weights[1], (remark,))
+        few = f"{drawn.num_kept} draws of {NUM_DRAWS:,} are known to keep the guard: their mean"
+        return Found(pool.weights[0], (few,) if drawn.num_kept < NUM_AVERAGED else ())
+    pool = _Pool.of(predictor, limits, anchors)
+    best = pool.best()
+    if best is not None:
+        remark = f"No draw of {NUM_DRAWS:,} keeps the guard: the best baseline that does"
+        return Found(pool.weights[best], (remark,))
+    remark = f"No draw of {NUM_DRAWS:,} keeps the guard: a mixture found for that alone"
+    starts = np.vstack([anchors, drawn.draws[:_DRAWS_FOLLOWED]])
+    return Found(_restored(predictor, limits, starts), (remark,))
 
 
-def _simulate(
-    predictor: Predictor, limits: Constraints, centre: np.ndarray, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean of the best draws [D], and these draws [128, D], best first."""
-    rng = np.random.default_rng(seed)
-    draws = rng.dirichlet(centre, NUM_DRAWS)
-    draws = draws[np.isfinite(draws).all(1)]
-    draws = into_bounds(draws, limits)
-    if predictor.has_trees:
-        coarse = predictor.coarse_value(draws)
-        draws = draws[np.argsort(coarse, kind="stable")[:_SCREENED]]
-    order = np.argsort(predictor.value(draws), kind="stable")
-    best = draws[order[:NUM_AVERAGED]]
-    return best.mean(0), best
+def _apart(draws: np.ndarray) -> list[np.ndarray]:
+    """Return a few of the best draws that differ, so that they may lead to different optima."""
+    chosen: list[np.ndarray] = []
+    for row in draws:
+        if all(np.abs(row - other).max() > _APART for other in chosen):
+            chosen.append(row)
+        if len(chosen) == _DRAWS_FOLLOWED:
+            break
+    return chosen
 
 
-def _descend(predictor: Predictor, limits: Constraints, start: np.ndarray) -> np.ndarray:
-    """Follow the gradient within the bounds by sequential quadratic programming."""
-    from scipy.optimize import minimize
-
-    found = minimize(
-        lambda weights: float(predictor.value(weights[None])[0]),
-        start,
-        jac=predictor.gradient,
-        method="SLSQP",
-        bounds=list(zip(limits.lower, limits.upper, strict=True)),
-        constraints={
-            "type": "eq",
-            "fun": lambda weights: weights.sum() - 1.0,
-            "jac": np.ones_like,
-        },
-        options={"maxiter": 300, "ftol": 1e-10},
-    )
-    inside = np.clip(found.x, limits.lower, limits.upper)
-    moved = into_bounds(inside[None] / inside.sum(), limits)
-    return moved[0] if len(moved) else start
+def _follow(predictor: Predictor, limits: Constraints, start: np.ndarray, aim: Aim) -> np.ndarray:
+    walk = descend if predictor.is_smooth else exchange
+    return walk(predictor, limits, start, aim)
 
 
-def _exchange(
-    predictor: Predictor, limits: Constraints, start: np.ndarray, value: float
+def _restored(predictor: Predictor, limits: Constraints, starts: np.ndarray) -> np.ndarray:
+    """Return a mixture that keeps the guard; the error, with the nearest one, where none does."""
+    pool = _Pool.of(predictor, limits, starts)
+    order = np.argsort(pool.excess, kind="stable")[:3]
+    found = [_follow(predictor, limits, row, "excess") for row in pool.weights[order]]
+    pool = _Pool.of(predictor, limits, np.vstack([pool.weights, *found]))
+    best = pool.best()
+    if best is not None:
+        return pool.weights[best]
+    assert predictor.guard is not None
+    nearest = pool.weights[[int(pool.excess.argmin())]]
+    raise refusal(predictor.guard, limits, predictor.losses(nearest)[0])
+
+
+def _settled(
+    predictor: Predictor, limits: Constraints, safe: np.ndarray, found: np.ndarray
 ) -> np.ndarray:
-    """Move weight from one domain to another, the best pair at a time, in ever smaller amounts."""
-    num_domains = len(start)
-    if num_domains == 1:
-        return start
-    givers, takers = np.nonzero(~np.eye(num_domains, dtype=bool))
-    pairs = np.arange(len(givers))
-    current, best = start.copy(), float(value)
-    spent = 0
-    for amount in (0.2, 0.1, 0.05, 0.02, 0.01, 0.005):
-        while spent < _EXCHANGE_BUDGET // 2:
-            room = np.minimum(
-                (current - limits.lower)[givers],
-                (limits.upper - current)[takers],
-            )
-            moved = np.minimum(amount, np.maximum(room, 0.0))
-            trial = np.repeat(current[None], len(pairs), axis=0)
-            trial[pairs, givers] -= moved
-            trial[pairs, takers] += moved
-            values = predictor.value(trial)
-            spent += len(pairs) * predictor.num_targets
-            winner = int(values.argmin())
-            if not values[winner] < best - 1e-9:
-                break
-            current, best = trial[winner], float(values[winner])
-    return current
+    """Return the best of `found` [S, D], without specks where they do not matter.
+
+    `safe` keeps the guard: whatever breaks it is drawn back towards `safe` until it does not.
+    """
+    cleaned = drop_small(found, limits.lower, limits.upper, _NEGLIGIBLE)
+    pool = _Pool.of(predictor, limits, np.vstack([safe, cleaned, found]))
+    if pool.excess.any():
+        broken = pool.weights[pool.excess > 0]
+        shares = np.linspace(0.05, 1, 20)[:-1, None, None]
+        between = (safe + shares * (broken - safe)).reshape(-1, len(safe))
+        pool = _Pool.of(predictor, limits, np.vstack([pool.weights, between]))
+    best = pool.best()
+    assert best is not None
+    tidy = drop_small(pool.weights[[best]], limits.lower, limits.upper, _NEGLIGIBLE)
+    pool = _Pool.of(predictor, limits, np.vstack([safe, pool.weights[best], tidy]))
+    enough = min(pool.values[0], pool.values[1] + _NO_WORSE_NATS)
+    return pool.weights[-1 if pool.excess[-1] == 0 and pool.values[-1] <= enough else 1]

@@ -1,7 +1,8 @@
 """The surrogate: what stands in for training when a mixture is judged.
 
 Enters: runs (weights and losses) and a regressor's name. Leaves: a `Surrogate` that predicts the
-losses of any mixture, with its held-out error and the reason for its choice. Searches nothing.
+losses of any mixture, with its held-out error, how wide its intervals must be, and the reason for
+its choice. Searches nothing.
 """
 
 from __future__ import annotations
@@ -13,33 +14,33 @@ from typing import Any
 import numpy as np
 
 from regmix.data.mixtures import PREFIX, MixtureTable
+from regmix.decision.blend import LAW, SMOOTH, choose, sum_of
+from regmix.decision.calibration import coverage, widening
 from regmix.decision.regressors.interface import Model
 from regmix.decision.regressors.registry import check_enough_runs, make_regressor
 from regmix.decision.runs import HIGHEST_LOSS_NATS, TARGET_PREFIX, TARGET_SUFFIX
-from regmix.decision.validation import Score, fold_of_runs, held_out_predictions, score
+from regmix.decision.validation import HeldOut, Score, fold_of_mixtures, hold_out, scores
 from regmix.errors import LossTableError
-
-# Cross-validation sees the proxies' scale only; laws carry over better to larger models (Olmix,
-# arXiv 2602.12237), so `auto` never leaves less than a quarter to the power law.
-TREE_SHARES = (0.0, 0.25, 0.5, 0.75)
 
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """A fitted regressor's part in the blend; scale [M] is its own held-out error in nats."""
+    """A fitted regressor's part in the blend; widening [M] scales its standard deviations."""
 
     name: str
     share: float
     model: Model
-    scale: np.ndarray
+    widening: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
 class Surrogate:
     """Predicted losses of mixtures: `predict(weights [N, D]) -> (mean [N, M], std [N, M])`.
 
-    held_out [K, M]: each run's prediction by models that had not seen it. scores: its error per
-    target; member_scores: the same of each regressor considered. reason: why these members.
+    held_out, held_out_sd [K, M]: each run's prediction by models that had not seen it, and its
+    standard deviation; how: in words. scores: its error per target; member_scores: the same of
+    each regressor considered. widening [M]: what makes 90% intervals hold 90% of held-out losses;
+    coverage [M]: what they hold of runs that did not set it. reason: why these members.
     """
 
     domains: tuple[str, ...]
@@ -51,8 +52,12 @@ class Surrogate:
     weights: np.ndarray
     losses: np.ndarray
     held_out: np.ndarray
+    held_out_sd: np.ndarray
+    how: str
     scores: tuple[Score, ...]
     member_scores: dict[str, tuple[Score, ...]]
+    widening: np.ndarray
+    coverage: np.ndarray
 
     def mean(self, weights: Any) -> np.ndarray:
         """Return the predicted losses [N, M]."""
@@ -60,24 +65,26 @@ class Surrogate:
         return sum_of([member.share * member.model.mean(x) for member in self.members])
 
     def predict(self, weights: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Return mean and standard deviation [N, M], in nats, at the proxies' scale.
+        """Return mean and standard deviation [N, M] of a new run, in nats, at the proxies' scale.
 
-        The deviation is the held-out error, scaled up where the members are far from their runs.
+        The deviations are those of the members, together as wide as their held-out errors ask.
         """
         x = self._matrix(weights)
         pairs = [(member, *member.model.predict(x)) for member in self.members]
         mean = sum_of([member.share * predicted for member, predicted, _ in pairs])
-        growth = sum_of(
-            [member.share * std / np.maximum(member.scale, 1e-12) for member, _, std in pairs]
-        )
-        return mean, growth * np.array([entry.rmse_nats for entry in self.scores])
+        sd = sum_of([member.share * member.widening * sd for member, _, sd in pairs])
+        return mean, sd * self.widening
 
     def select(self, columns: Sequence[int]) -> tuple[Member, ...]:
         """Return the members for these targets only."""
         return tuple(
-            Member(m.name, m.share, m.model.select(columns), m.scale[list(columns)])
+            Member(m.name, m.share, m.model.select(columns), m.widening[list(columns)])
             for m in self.members
         )
+
+    def member(self, name: str) -> Member | None:
+        """Return the member of this name, None where there is none."""
+        return next((member for member in self.members if member.name == name), None)
 
     def _matrix(self, weights: Any) -> np.ndarray:
         values, names = named_matrix(weights)
@@ -99,16 +106,13 @@ class Surrogate:
         return values
 
 
-def sum_of(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the sum of arrays of one shape, in order (the same bits every time)."""
-    total = arrays[0].copy()
-    for array in arrays[1:]:
-        total += array
-    return total
+def named_matrix(
+    values: Any, *, vector_is_row: bool = True
+) -> tuple[np.ndarray, tuple[str, ...] | None]:
+    """Return a data frame or an array as float64 [N, C], and its columns' names if it has any.
 
-
-def named_matrix(values: Any) -> tuple[np.ndarray, tuple[str, ...] | None]:
-    """Return a data frame or an array as float64 [N, C], and its columns' names if it has any."""
+    vector_is_row: one dimension is one row (a mixture), otherwise one column (a target).
+    """
     columns = getattr(values, "columns", None)
     names = None
     if columns is not None:
@@ -119,9 +123,14 @@ def named_matrix(values: Any) -> tuple[np.ndarray, tuple[str, ...] | None]:
             name.removeprefix(PREFIX).removeprefix(TARGET_PREFIX).removesuffix(TARGET_SUFFIX)
             for name in kept
         )
-    matrix = np.array(values, dtype=np.float64)
+    try:
+        matrix = np.array(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise LossTableError(
+            f"an array that is not of numbers ({error})", cure="Give numbers, one row per run"
+        ) from error
     if matrix.ndim == 1:
-        matrix = matrix[None]
+        matrix = matrix[None] if vector_is_row else matrix[:, None]
     if matrix.ndim != 2:
         raise LossTableError(
             f"an array of shape {matrix.shape}", cure="Give two dimensions: one row per run"
@@ -141,46 +150,51 @@ def fit(
     """Fit losses [K, M] on weights [K, D] (arrays or data frames), target by target.
 
     Names come from the columns, from `domains` and `targets`, or are the columns' numbers.
-    `auto` blends LightGBM and the power law as cross-validation supports it, at least a quarter
-    power law. Raises `MixtureError`, `LossTableError` and `ConfigError`.
+    `auto` blends the Gaussian process and the power law, at least a quarter power law. Raises
+    `MixtureError`, `LossTableError` and `ConfigError`.
     """
     x, found_domains = named_matrix(weights)
-    y, found_targets = named_matrix(losses)
+    y, found_targets = named_matrix(losses, vector_is_row=False)
     domain_names = tuple(domains or found_domains or map(str, range(x.shape[1])))
     target_names = tuple(targets or found_targets or map(str, range(y.shape[1])))
     x = np.array(MixtureTable(domain_names, tuple(range(len(x))), x).weights)
     _check_losses(y, len(x), target_names)
     names, why = _candidates(regressor, seed, *x.shape)
-    held_out: dict[str, np.ndarray] = {}
+    models: dict[str, Model] = {}
+    unseen: dict[str, HeldOut] = {}
+    factors: dict[str, np.ndarray] = {}
     for name in names:
         candidate = make_regressor(name, seed)
         check_enough_runs(candidate, *x.shape)
-        held_out[name] = held_out_predictions(candidate, x, y, seed=seed)
+        models[name] = candidate.fit(x, y)
+        unseen[name] = hold_out(candidate, models[name], x, y, seed=seed)
+        factors[name] = widening(y, unseen[name].mean, unseen[name].sd)
+    folds = fold_of_mixtures(x, seed)
+    first = unseen[names[0]]
+    mean, sd = first.mean, first.sd * factors[names[0]]
+    shares = {names[0]: 1.0}
     if len(names) == 2:
-        shares, blended, why = _blend(y, held_out, seed)
-    else:
-        shares, blended = {names[0]: 1.0}, held_out[names[0]]
-    members = []
-    for name, share in shares.items():
-        scale = np.sqrt(((held_out[name] - y) ** 2).mean(0))
-        members.append(Member(name, share, make_regressor(name, seed).fit(x, y, scale), scale))
+        means = {name: unseen[name].mean for name in names}
+        sds = {name: unseen[name].sd * factors[name] for name in names}
+        choice = choose(y, means, sds, folds)
+        shares, mean, sd, why = choice.shares, choice.mean, choice.sd, choice.why
     return Surrogate(
         domains=domain_names,
         targets=target_names,
         regressor=regressor,
         seed=seed,
-        members=tuple(members),
+        members=tuple(Member(n, share, models[n], factors[n]) for n, share in shares.items()),
         reason=why,
         weights=x,
         losses=y,
-        held_out=blended,
-        scores=_scores(target_names, y, blended),
-        member_scores={name: _scores(target_names, y, held_out[name]) for name in names},
+        held_out=mean,
+        held_out_sd=sd * widening(y, mean, sd),
+        how=first.how,
+        scores=scores(target_names, y, mean),
+        member_scores={name: scores(target_names, y, unseen[name].mean) for name in names},
+        widening=widening(y, mean, sd),
+        coverage=coverage(y, mean, sd, folds),
     )
-
-
-def _scores(targets: Sequence[str], true: np.ndarray, predicted: np.ndarray) -> tuple[Score, ...]:
-    return tuple(score(name, true[:, j], predicted[:, j]) for j, name in enumerate(targets))
 
 
 def _check_losses(losses: np.ndarray, num_runs: int, targets: Sequence[str]) -> None:
@@ -189,6 +203,10 @@ def _check_losses(losses: np.ndarray, num_runs: int, targets: Sequence[str]) -> 
             f"losses of shape {losses.shape} for {num_runs} runs and {len(targets)} targets",
             cure="Give one row per run and one column per target",
         )
+    if not targets:
+        raise LossTableError("losses of no target", cure="Give one column per target")
+    if twice := sorted({name for name in targets if list(targets).count(name) > 1}):
+        raise LossTableError(f"target '{twice[0]}' is there twice", cure="Remove one of them")
     bad = np.argwhere(~((losses > 0) & (losses <= HIGHEST_LOSS_NATS)))
     if len(bad):
         row, column = (int(place) for place in bad[0])
@@ -197,7 +215,7 @@ def _check_losses(losses: np.ndarray, num_runs: int, targets: Sequence[str]) -> 
             cure="Leave out runs without finite losses above 0 (read_runs does and names them)",
         )
     for column, name in enumerate(targets):
-        if np.ptp(losses[:, column]) == 0:
+        if num_runs > 1 and np.ptp(losses[:, column]) == 0:
             raise LossTableError(
                 f"target '{name}': all {num_runs} runs have the same loss",
                 cure="Check the losses, or leave the target out",
@@ -211,41 +229,9 @@ def _candidates(
         return (regressor,), f"'{regressor}' was asked for"
     enough = tuple(
         name
-        for name in ("lightgbm", "powerlaw")
+        for name in (SMOOTH, LAW)
         if num_runs >= make_regressor(name, seed).fewest_runs(num_domains)
     )
     if not enough:
         return ("linear",), f"{num_runs} runs are too few for anything but a linear fit"
     return enough, f"{num_runs} runs are enough for '{enough[0]}' alone"
-
-
-def _blend(
-    losses: np.ndarray, held_out: dict[str, np.ndarray], seed: int
-) -> tuple[dict[str, float], np.ndarray, str]:
-    """Choose the trees' share; the blended predictions use shares chosen without each run's fold.
-
-    So the error that is reported includes the choice.
-    """
-    trees, law = held_out["lightgbm"], held_out["powerlaw"]
-    # Targets count alike: errors are taken relative to each target's own spread.
-    spread = losses.var(0)
-    error = np.stack(
-        [((s * trees + (1 - s) * law - losses) ** 2 / spread).mean(1) for s in TREE_SHARES]
-    )
-    folds = fold_of_runs(len(losses), seed)
-    blended = np.empty_like(losses)
-    for fold in range(int(folds.max()) + 1):
-        inside = folds == fold
-        best = TREE_SHARES[int(error[:, ~inside].mean(1).argmin())]
-        blended[inside] = best * trees[inside] + (1 - best) * law[inside]
-    share = TREE_SHARES[int(error.mean(1).argmin())]
-    shares = {n: s for n, s in (("lightgbm", share), ("powerlaw", 1 - share)) if s > 0}
-    alone = [np.sqrt(float(((p - losses) ** 2 / spread).mean())) for p in (trees, law)]
-    relative = np.sqrt(float(error.mean(1).min()))
-    why = (
-        f"cross-validation on {len(losses)} runs: error relative to the spread of the losses "
-        f"{alone[0]:.3f} lightgbm, {alone[1]:.3f} powerlaw, {relative:.3f} with a share of "
-        f"{share:.0%} lightgbm (up to {TREE_SHARES[-1]:.0%}: laws carry over better to larger "
-        "models)"
-    )
-    return shares, blended, why

@@ -21,6 +21,7 @@ from regmix.data.shards import ShardSet
 from regmix.errors import MixtureError, StudyError, nearest
 from regmix.study import Study, StudyConfig, Training, relative_to_study
 from regmix.swarm.reuse import Reuse
+from regmix.swarm.schedules import ScheduleRequest
 
 _OPTIONS: dict[str, type[BoundedOptions] | type[RegmixOptions]] = {
     "bounded": BoundedOptions,
@@ -110,11 +111,13 @@ def make_study(
     init_seed: int = 0,
     target_tokens: int | None = None,
     reuse: Reuse | None = None,
+    schedules: ScheduleRequest | None = None,
 ) -> Study:
     """Create a study with its mixtures, drawn as `swarm` asks or read from a CSV or YAML file.
 
     target_tokens: the run that proxies are to repeat their data like; None for no pools.
     reuse: what is kept of another study; its optimum is the first mixture, whatever the bounds.
+    schedules: further proxies, whose mixture changes on the way; drawn as `swarm` asks.
     """
     check_trainable(shards, training.shape.seq_len)
     prior = natural_mixture(shards)
@@ -126,6 +129,15 @@ def make_study(
                 cure="Name a validation set of the corpus as the target",
             )
     table, record = _mixtures(prior, swarm, reuse, mixtures_from)
+    changing = None
+    if schedules is not None:
+        if swarm is None or reuse is not None:
+            raise StudyError(
+                "schedules are drawn over all domains of a swarm that is drawn",
+                cure="Leave the schedules out, or the frozen ratios or the file of mixtures",
+            )
+        changing = schedules.draw(swarm, prior, training)
+        training = schedules.trained(training)
     path = Path(path).absolute()
     available = {domain: shards.stats("train", domain).tokens for domain in prior}
     pools = None
@@ -157,6 +169,8 @@ def make_study(
     Study.refuse_existing(path)
     study = Study(path, config)
     table.write_csv(study.mixtures_path)
+    if changing is not None:
+        changing.write_csv(study.schedules_path)
     if reuse is not None:
         write_mixture_yaml(study.reused_path, reuse.carried)
     return Study.create(path, config)
@@ -200,6 +214,29 @@ def add_mixtures(study: Study, swarm: SwarmRequest) -> MixtureTable:
         extended = table.extended(swarm.draw(study.config.prior, table, study.config.groups))
         extended.write_csv(study.mixtures_path)
     return extended
+
+
+def add_replicates(study: Study, num: int, of: int | None = None) -> tuple[int, tuple[int, ...]]:
+    """Add `num` rows of one mixture, to train it with other seeds; returns its index and theirs.
+
+    of: the mixture's index, by default the one nearest to the natural mixture. What replicates
+    differ by is the noise floor of the study.
+    """
+    with study.lock():
+        table = MixtureTable.read_csv(study.mixtures_path)
+        if of is not None and of not in table.indices:
+            raise MixtureError(
+                f"{study.mixtures_path}: no mixture {of}",
+                cure=f"Name one from {min(table.indices)} to {max(table.indices)}",
+            )
+        natural = np.array([study.config.prior.get(domain, 0.0) for domain in table.domains])
+        distance = ((np.sqrt(table.weights) - np.sqrt(natural)) ** 2).sum(1)
+        row = int(distance.argmin()) if of is None else table.indices.index(of)
+        first = max(table.indices) + 1
+        added = tuple(range(first, first + num))
+        rows = np.repeat(table.weights[[row]], num, axis=0)
+        table.extended(MixtureTable(table.domains, added, rows)).write_csv(study.mixtures_path)
+    return table.indices[row], added
 
 
 def read_mixtures(path: Path, domains: tuple[str, ...]) -> MixtureTable:

@@ -5,7 +5,8 @@
 2. The stacks that are not trained go to the executor.
 3. A trained stack's training losses are moved to `steps/`, then its losses enter the ledger,
    then its folder goes. Killed at any instant, the next run goes on from there.
-4. `losses.csv` is written from the ledger after every stack.
+4. `losses.csv` is written from the ledger after every stack, and `trajectories.csv` where
+   proxies are evaluated along the way.
 """
 
 from __future__ import annotations
@@ -16,19 +17,21 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from regmix.data.mixtures import MixtureTable
+from regmix.data.mixtures import Mixture, MixtureTable
 from regmix.data.sampling.sampler import ORDER_VERSION
+from regmix.data.schedules import ScheduleTable, mean_between
 from regmix.data.shards import ShardSet
 from regmix.errors import StudyError
 from regmix.files import storage_errors, write_json
 from regmix.provenance import available_cores, environment_record
 from regmix.study import Study, Training
 from regmix.swarm.cost import Cost, estimate
-from regmix.swarm.engine import CHECKPOINT_SECONDS, Member, StackJob
+from regmix.swarm.engine import CHECKPOINT_SECONDS, Member, MemberSegment, StackJob
 from regmix.swarm.executors import Done, Event, Failed, LocalExecutor, Progress, stack_jobs
 from regmix.swarm.ledger import Ledger
 
@@ -154,11 +157,12 @@ def run_sweep(
                 checkpoint_seconds=options.checkpoint_seconds,
             )
             executor.run(jobs, handle)
-        num_done = ledger.export_losses(study.losses_path, study.config.targets)
+        export(study, ledger)
         rows = ledger.proxies()
         failures += [(f"proxy {r.index}", r.error or "") for r in rows if r.state == "failed"]
         record_speed(study, ledger, options)
         num_failed = sum(row.state == "failed" for row in rows)
+        num_done = sum(row.state == "done" for row in rows)
         num_pending = len(rows) - num_done - num_failed
         return SweepResult(num_done, num_failed, num_pending, trained, failures)
 
@@ -170,25 +174,33 @@ def plan_stacks(
     shards: ShardSet,
     options: SweepOptions,
 ) -> list[StackJob]:
-    """Return new stacks with the mixtures that no stack of the ledger holds."""
+    """Return new stacks with the mixtures that no stack of the ledger holds.
+
+    A mixture that stands in the table before is a replicate: it gets seeds of its own.
+    """
     refuse_other_pools(study, ledger)
     known = {row.index: row.weights for row in ledger.proxies()}
     available = set(shards.domains("train"))
     members = []
+    times_seen: Counter[bytes] = Counter()
     for position, index in enumerate(table.indices):
         mixture = dict(table.mixture(position))
+        row = table.weights[position].tobytes()
+        replicate = times_seen[row]
+        times_seen[row] += 1
         if unknown := sorted(set(mixture) - available):
             raise StudyError(
                 f"{study.mixtures_path}: domain '{unknown[0]}' is not in the corpus {shards.path}",
                 cure="Remove its column, or pack a corpus that has it",
             )
         if index not in known:
-            members.append(study_member(study, str(index), mixture))
+            members.append(study_member(study, str(index), mixture, replicate))
         elif known[index] != mixture:
             raise StudyError(
                 f"{study.mixtures_path}: mixture {index} is not the one its proxy was trained on",
                 cure="Restore the row, or give the new mixture an index of its own",
             )
+    members += scheduled_members(study, ledger)
     stacks = stack_jobs(
         members,
         num_workers=options.workers,
@@ -202,6 +214,48 @@ def plan_stacks(
         proxies = stack_job(study, name, tuple(stack), study.config.proxy, options.threads)
         jobs.append(dataclasses.replace(proxies, pools=study.config.pools))
     return jobs
+
+
+def scheduled_members(study: Study, ledger: Ledger) -> list[Member]:
+    """Return the proxies of `schedules.csv` that no stack of the ledger holds."""
+    if not study.schedules_path.is_file():
+        return []
+    known = {member.name: member for job in ledger.stacks() for member in job.members}
+    table = ScheduleTable.read_csv(study.schedules_path)
+    members = []
+    for position, index in enumerate(table.indices):
+        segments = table.named(position)
+        if segments[-1][0] >= study.config.proxy.num_steps:
+            raise StudyError(
+                f"{study.schedules_path}: a segment of proxy {index} begins at step "
+                f"{segments[-1][0]}, and proxies have {study.config.proxy.num_steps} steps",
+                cure="Restore the row",
+            )
+        member = scheduled_member(study, str(index), segments, study.config.proxy.num_steps)
+        if member.name not in known:
+            members.append(member)
+        elif known[member.name] != member:
+            raise StudyError(
+                f"{study.schedules_path}: schedule {index} is not the one its proxy was trained on",
+                cure="Restore the rows",
+            )
+    return members
+
+
+def scheduled_member(
+    study: Study,
+    name: str,
+    segments: Sequence[tuple[int, Mixture]],
+    num_steps: int,
+    replicate: int = 0,
+) -> Member:
+    """Return a model of the study that follows a schedule of (first step, mixture) pairs."""
+    domains = segments[0][1].domains
+    arrays = [(first, mixture.array(domains)) for first, mixture in segments]
+    mean = mean_between(arrays, 0, num_steps).tolist()
+    member = study_member(study, name, dict(zip(domains, mean, strict=True)), replicate)
+    dealt = [MemberSegment(first_step=f, weights=dict(mixture)) for f, mixture in segments]
+    return dataclasses.replace(member, segments=tuple(dealt))
 
 
 def refuse_other_pools(study: Study, ledger: Ledger) -> None:
@@ -257,8 +311,22 @@ def collect(study: Study, ledger: Ledger, event: Done) -> None:
             with contextlib.suppress(FileNotFoundError):
                 os.replace(folder / f"{member.name}.npy", study.steps_path / f"{member.name}.npy")
     ledger.finish_stack(event.job, event.result)
-    ledger.export_losses(study.losses_path, study.config.targets)
+    export(study, ledger)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def export(study: Study, ledger: Ledger) -> None:
+    """Write what the ledger knows as tables: `losses.csv` and `trajectories.csv`.
+
+    Proxies that follow a schedule are in the latter only: no one mixture gave their losses.
+    """
+    training, targets = study.config.proxy, study.config.targets
+    scheduled: frozenset[int] = frozenset()
+    if study.schedules_path.is_file():
+        scheduled = frozenset(ScheduleTable.read_csv(study.schedules_path).indices)
+    ledger.export_losses(study.losses_path, targets, without=scheduled)
+    if training.eval_every is not None or training.eval_steps is not None:
+        ledger.export_trajectories(study.trajectories_path, targets)
 
 
 def remove_leftovers(stacks: Path, pattern: str, *, keep: Callable[[Path], bool]) -> None:

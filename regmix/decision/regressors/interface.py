@@ -22,7 +22,7 @@ class Model(Protocol):
         ...
 
     def predict(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return mean and standard deviation [N, M]."""
+        """Return mean and standard deviation [N, M]; the latter before any calibration."""
         ...
 
     def select(self, columns: Sequence[int]) -> Model:
@@ -51,8 +51,6 @@ class Regressor(Protocol):
         """Return the number of runs below which it refuses."""
         ...
 
-    def fit(
-        self, weights: np.ndarray, losses: np.ndarray, scale: np.ndarray | None = None
-    ) -> Model:
-        """Fit; `scale` [M] is the held-out error where the caller knows it."""
+    def fit(self, weights: np.ndarray, losses: np.ndarray) -> Model:
+        """Fit weights [K, D] and losses [K, M], every target for itself."""
         ...

@@ -17,11 +17,16 @@ _RIDGE = 1e-2
 
 @dataclass(frozen=True, eq=False)
 class LinearModel:
-    """coefficients [D, M]; inverse [D, D] of the regularised Gram matrix; scale [M] in nats."""
+    """coefficients [D, M]; inverse [D, D] of the regularised Gram matrix; scale [M] in nats.
+
+    held_out, held_out_sd [K, M]: each run's prediction given all others, in closed form.
+    """
 
     coefficients: np.ndarray
     inverse: np.ndarray
     scale: np.ndarray
+    held_out: np.ndarray
+    held_out_sd: np.ndarray
 
     def mean(self, weights: np.ndarray) -> np.ndarray:
         """Return the predicted losses [N, M]."""
@@ -39,7 +44,13 @@ class LinearModel:
     def select(self, columns: Sequence[int]) -> LinearModel:
         """Return the model of these targets only."""
         chosen = list(columns)
-        return LinearModel(self.coefficients[:, chosen], self.inverse, self.scale[chosen])
+        return LinearModel(
+            self.coefficients[:, chosen],
+            self.inverse,
+            self.scale[chosen],
+            self.held_out[:, chosen],
+            self.held_out_sd[:, chosen],
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,17 +63,15 @@ class Linear:
         """Return the number of runs below which this regressor refuses."""
         return 3
 
-    def fit(
-        self, weights: np.ndarray, losses: np.ndarray, scale: np.ndarray | None = None
-    ) -> LinearModel:
-        """Fit; `scale` [M] is the held-out error where the caller knows it (else leave-one-out)."""
+    def fit(self, weights: np.ndarray, losses: np.ndarray) -> LinearModel:
+        """Fit every target."""
         num_domains = weights.shape[1]
         inverse = np.linalg.inv(weights.T @ weights + _RIDGE * np.eye(num_domains))
         average = losses.mean(0)
         # Weights sum to 1, so adding the mean loss to every coefficient adds it to the prediction.
         coefficients = average + inverse @ (weights.T @ (losses - average))
-        if scale is None:
-            leverage = np.einsum("nd,de,ne->n", weights, inverse, weights)
-            left_out = (losses - weights @ coefficients) / np.maximum(1 - leverage, 0.05)[:, None]
-            scale = np.sqrt((left_out**2).mean(0))
-        return LinearModel(coefficients, inverse, scale)
+        leverage = np.einsum("nd,de,ne->n", weights, inverse, weights)
+        left_out = (losses - weights @ coefficients) / np.maximum(1 - leverage, 0.05)[:, None]
+        scale = np.sqrt((left_out**2).mean(0))
+        deviation = np.sqrt(1 + leverage)[:, None] * scale
+        return LinearModel(coefficients, inverse, scale, losses - left_out, deviation)

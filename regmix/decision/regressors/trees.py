@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from regmix.provenance import available_cores
+from regmix.decision.parallel import in_threads
 
 # The rows that walk one tree together: few enough to stay in the first-level cache.
 _BLOCK = 256
@@ -119,7 +118,7 @@ def _walk() -> Callable[..., None]:
 
 @dataclass(frozen=True, eq=False)
 class TreesModel:
-    """One forest per target; scale [M], the held-out error, and average [M] loss, in nats."""
+    """One forest per target; scale [M], the spread of the losses, and average [M], in nats."""
 
     forests: tuple[Forest, ...]
     scale: np.ndarray
@@ -153,19 +152,17 @@ class TreesModel:
         _walk()
         chunks = np.array_split(weights, max(1, min(64, len(weights) // 256)))
         work = [(forest, chunk) for forest in self.forests for chunk in chunks]
-        with ThreadPoolExecutor(_num_threads()) as pool:
-            parts = list(pool.map(lambda item: item[0].predict(item[1], num_trees), work))
+        parts = in_threads(lambda item: item[0].predict(item[1], num_trees), work)
         columns = [parts[k * len(chunks) : (k + 1) * len(chunks)] for k in range(len(self.forests))]
         return np.stack([np.concatenate(column) for column in columns], axis=1)
 
     def predict(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return mean and standard deviation [N, M]; the latter is the same everywhere."""
+        """Return mean and standard deviation [N, M]; trees do not know where they are unsure.
+
+        The latter is the losses' spread: whoever uses it scales it to the held-out errors.
+        """
         mean = self.mean(weights)
         return mean, np.broadcast_to(self.scale, mean.shape).copy()
-
-
-def _num_threads() -> int:
-    return min(available_cores(), 8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,19 +183,11 @@ class Trees:
         """Return the number of runs below which this regressor refuses."""
         return 20 if self.samples_per_leaf is None else 2 * self.samples_per_leaf
 
-    def fit(
-        self, weights: np.ndarray, losses: np.ndarray, scale: np.ndarray | None = None
-    ) -> TreesModel:
-        """Fit; `scale` [M] is the held-out error where the caller knows it (else 5-fold)."""
-        if scale is None:
-            from regmix.decision.validation import held_out_predictions
-
-            error = held_out_predictions(self, weights, losses, seed=self.seed) - losses
-            scale = np.sqrt((error**2).mean(0))
+    def fit(self, weights: np.ndarray, losses: np.ndarray) -> TreesModel:
+        """Fit every target."""
         # Targets side by side, each on one thread: the same bits on any number of cores.
-        with ThreadPoolExecutor(_num_threads()) as pool:
-            forests = list(pool.map(lambda column: self._train(weights, column), losses.T))
-        return TreesModel(tuple(forests), scale, losses.mean(0), self.learning_rate)
+        forests = in_threads(lambda column: self._train(weights, column), list(losses.T))
+        return TreesModel(tuple(forests), losses.std(0), losses.mean(0), self.learning_rate)
 
     def _train(self, weights: np.ndarray, loss: np.ndarray) -> Forest:
         import lightgbm

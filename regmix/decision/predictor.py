@@ -1,0 +1,85 @@
+"""What a search asks of a surrogate: a mixture's value, its slopes, and whether the guard holds.
+
+Enters: a surrogate, an objective, a penalty, a guard. Leaves: values and losses of mixtures
+[N, D], from the members' predictions of the targets that matter alone. Searches nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from regmix.decision.guard import SLACK_NATS, Guard
+from regmix.decision.objective import Objective
+from regmix.decision.penalty import Penalty
+from regmix.decision.regressors.interface import SmoothModel
+from regmix.decision.surrogate import Member, Surrogate
+
+
+class Predictor:
+    """The value to minimise: objective plus penalty; and the guard's excess over its ceilings.
+
+    U targets are used: the objective's, or all where a guard looks at all.
+    """
+
+    def __init__(
+        self,
+        model: Surrogate,
+        objective: Objective,
+        penalty: Penalty | None = None,
+        guard: Guard | None = None,
+    ) -> None:
+        self.objective, self.penalty, self.guard = objective, penalty, guard
+        own = tuple(objective.columns)
+        used = own if guard is None else tuple(range(len(model.targets)))
+        self._own = model.select(own)
+        self._used = self._own if used == own else model.select(used)
+        self.places = [used.index(column) for column in own]
+        self.num_own, self.num_used = len(own), len(used)
+        self.is_smooth = all(isinstance(member.model, SmoothModel) for member in self._own)
+
+    def value(self, weights: np.ndarray) -> np.ndarray:
+        """Return the values [N]."""
+        return self._penalised(self.objective.value(_mean(self._own, weights)), weights)
+
+    def losses(self, weights: np.ndarray) -> np.ndarray:
+        """Return the predicted losses [N, U]."""
+        return _mean(self._used, weights)
+
+    def value_of(self, losses: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """Return the values [N] of mixtures whose losses [N, U] are known."""
+        return self._penalised(self.objective.value(losses[:, self.places]), weights)
+
+    def excess_of(self, losses: np.ndarray) -> np.ndarray:
+        """Return by how much losses [N, U] break the guard [N]: 0 where they keep it."""
+        if self.guard is None:
+            return np.zeros(len(losses))
+        excess = self.guard.excess(losses)
+        return np.where(excess > SLACK_NATS, excess, 0.0)
+
+    def judge(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the values [N] and by how much the guard is broken [N]."""
+        if self.guard is None:
+            return self.value(weights), np.zeros(len(weights))
+        losses = self.losses(weights)
+        return self.value_of(losses, weights), self.excess_of(losses)
+
+    def at(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return losses [U] and their slopes [U, D] at one mixture [D]; only where `is_smooth`."""
+        one = weights[None]
+        slopes = [
+            member.share * member.model.gradient(one)[0]  # type: ignore[attr-defined]
+            for member in self._used
+        ]
+        return self.losses(one)[0], np.sum(slopes, axis=0)
+
+    def _penalised(self, values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        return values if self.penalty is None else values + self.penalty.value(weights)
+
+
+def _mean(members: Sequence[Member], weights: np.ndarray) -> np.ndarray:
+    total = members[0].share * members[0].model.mean(weights)
+    for member in members[1:]:
+        total = total + member.share * member.model.mean(weights)
+    return total
