@@ -88,7 +88,7 @@ def as_table(config: Any) -> dict[str, Any]:
         if dataclasses.is_dataclass(value):
             value = as_table(value)
         elif isinstance(value, tuple):
-            value = list(value)
+            value = [as_table(item) if dataclasses.is_dataclass(item) else item for item in value]
         table[field.name] = value
     return table
 

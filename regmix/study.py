@@ -40,6 +40,7 @@ class Training:
     eval_tokens: tokens of each validation set that are read, as evenly spaced windows;
         None reads them all. The same windows for every model.
     eval_every: steps between evaluations along the way; None evaluates at the end only.
+    eval_steps: further steps after which to evaluate, as where schedules change their mixture.
     """
 
     shape: ModelShape
@@ -48,12 +49,18 @@ class Training:
     num_steps: int
     eval_tokens: int | None = None
     eval_every: int | None = None
+    eval_steps: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "num_steps", "eval_tokens", "eval_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}", cure="Give a whole number above 0")
+
+    def evaluates_at(self, step: int) -> bool:
+        """Return whether a model is evaluated along the way after so many steps."""
+        every = self.eval_every is not None and step % self.eval_every == 0
+        return every or step in (self.eval_steps or ())
 
     @property
     def tokens(self) -> int:
@@ -139,6 +146,8 @@ class Study:
         self.path, self.config = path, config
         self.mixtures_path = path / "mixtures.csv"
         self.losses_path = path / "losses.csv"
+        self.schedules_path = path / "schedules.csv"
+        self.trajectories_path = path / "trajectories.csv"
         self.ledger_path = path / "ledger.sqlite"
         self.surrogate_path = path / "surrogate"
         self.optimum_path = path / "optimum.yaml"

@@ -20,7 +20,7 @@ from regmix.large.train import (
     budget_remarks,
     plan_domains,
     resolve_mixture,
-    resolve_mixtures,
+    resolve_recipes,
     run_training,
 )
 from regmix.study import Study, Training
@@ -280,8 +280,8 @@ def test_two_mixtures_of_one_name_are_refused(study: Study, tmp_path: Path) -> N
         write_mixture_yaml(tmp_path / folder / "mix.yaml", weights)
     files = [str(tmp_path / folder / "mix.yaml") for folder in "ab"]
     with pytest.raises(MixtureError, match="called 'mix' too"):
-        resolve_mixtures(study, files)
-    assert list(resolve_mixtures(study, [files[0], files[0], "natural"])) == ["mix", "natural"]
+        resolve_recipes(study, files)
+    assert list(resolve_recipes(study, [files[0], files[0], "natural"])) == ["mix", "natural"]
 
 
 def test_a_file_may_not_take_the_name_of_the_studys_own_mixture(

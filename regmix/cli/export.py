@@ -42,6 +42,7 @@ FORMATS = ("megatron", "huggingface", "mosaicml", "torchtitan", "olmo", "regmix"
     type=click.Path(path_type=Path),
     help="tokenizer.json of the trainer, where it is another one: weights are restated for it.",
 )
+@click.option("--segment", type=click.IntRange(min=1), help="The segment to write of a schedule.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
 def command(
     study: str | None,
@@ -51,6 +52,7 @@ def command(
     mixture: str,
     location: str,
     tokenizer: Path | None,
+    segment: int | None,
     as_json: bool,
 ) -> None:
     """Write the mixture of STUDY for another trainer, or one of its models for transformers.
@@ -73,7 +75,7 @@ def command(
     if model is not None:
         answer = _export_model(opened, model, out)
     else:
-        answer = _export_mixture(opened, str(name), out, mixture, location, tokenizer)
+        answer = _export_mixture(opened, str(name), out, mixture, location, tokenizer, segment)
     if as_json:
         click.echo(json.dumps(answer))
         return
@@ -96,18 +98,26 @@ def _export_model(study: Study, model: str, out: Path) -> dict[str, Any]:
 
 
 def _export_mixture(
-    study: Study, name: str, out: Path, mixture: str, location: str, tokenizer: Path | None
+    study: Study,
+    name: str,
+    out: Path,
+    mixture: str,
+    location: str,
+    tokenizer: Path | None,
+    segment: int | None,
 ) -> dict[str, Any]:
     from regmix.data.formats import FORMATS as ABOUT
     from regmix.data.formats import Plan, measure_bytes_per_token, restate, write_format
     from regmix.large.train import resolve_mixture
 
-    label, weights = resolve_mixture(study, mixture)
-    epochs = _known_epochs(study, mixture, weights)
-    origin = f"The {label} mixture of the study {study.path.name}, corpus " + (
-        study.config.shards_checksum
-    )
     remarks = []
+    if segment is None:
+        label, weights = resolve_mixture(study, mixture)
+        what, epochs = f"{label} mixture", _known_epochs(study, mixture, weights)
+    else:
+        weights, what, epochs = _segment_of(study, mixture, segment)
+        remarks.append(f"{what}: change over to the next segment's mixture where it ends")
+    origin = f"The {what} of the study {study.path.name}, corpus {study.config.shards_checksum}"
     if tokenizer is not None:
         ours, theirs = measure_bytes_per_token(study.open_shards(), tokenizer)
         before = weights
@@ -129,6 +139,27 @@ def _export_mixture(
         "remarks": remarks,
         "next": ABOUT[name].about,
     }
+
+
+def _segment_of(study: Study, name: str, number: int) -> tuple[Mixture, str, dict[str, float]]:
+    """Return a segment's mixture, what it is in words, and its epochs where the run is known."""
+    from regmix.data.schedules import Schedule
+    from regmix.errors import MixtureError
+    from regmix.large.train import resolve_recipe
+
+    label, recipe = resolve_recipe(study, name)
+    segments = recipe.segments if isinstance(recipe, Schedule) else ()
+    if number > len(segments):
+        raise MixtureError(
+            f"'{label}' has no segment {number}",
+            cure=f"Give one from 1 to {len(segments)}" if segments else "Leave --segment out",
+        )
+    chosen = segments[number - 1]
+    begin = sum(segment.share for segment in segments[: number - 1])
+    words = f"{label} schedule's segment {number} of {len(segments)}"
+    words += f" ({begin:.1%} to {begin + chosen.share:.1%} of the run)"
+    whole = _known_epochs(study, "", chosen.mixture)
+    return chosen.mixture, words, {d: chosen.share * epochs for d, epochs in whole.items()}
 
 
 def _known_epochs(study: Study, mixture: str, weights: Mixture) -> dict[str, float]:

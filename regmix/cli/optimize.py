@@ -65,6 +65,11 @@ if TYPE_CHECKING:
 @click.option(
     "--extrapolate", is_flag=True, help="Allow weights above the largest that any run had."
 )
+@click.option(
+    "--segments",
+    type=click.IntRange(min=2),
+    help="Choose a mixture for each of so many equal parts of the run too.",
+)
 @click.option("--partial", is_flag=True, help="Go on without the proxies that have no losses yet.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
@@ -87,6 +92,7 @@ def command(
     regressor: str | None,
     seed: int | None,
     extrapolate: bool,
+    segments: int | None,
     partial: bool,
     as_json: bool,
 ) -> None:
@@ -102,6 +108,13 @@ def command(
     import contextlib
 
     from regmix.cli.decide import open_source, wanted_objective
+    from regmix.cli.segments import (
+        plan_for,
+        refuse_unplanned,
+        schedule_path,
+        show_plan,
+        write_plan,
+    )
     from regmix.cli.words import parse_count, parse_pairs
     from regmix.decision.guard import TOLERANCE_NATS
     from regmix.decision.records import optimum_record, write_optimum
@@ -121,6 +134,7 @@ def command(
             cure="Add the mixture, for example --guard natural, or leave the tolerance out",
         )
     opened, mixtures_path, losses_path = open_source(study, mixtures, losses)
+    planned = refuse_unplanned(opened, kl=kl, guard=guard) if segments is not None else None
     runs = read_runs(mixtures_path, losses_path, partial=partial)
     used, used_seed = _settings_of_fit(opened, regressor, seed)
     groups = groups_of(opened, runs)
@@ -147,12 +161,28 @@ def command(
         extrapolate=extrapolate,
         seed=used_seed,
     )
+    plan = None
+    if planned is not None and segments is not None:
+        plan = plan_for(
+            planned,
+            wanted_objective(objective, opened, runs.targets),
+            segments,
+            lower=parse_pairs(lower),
+            upper=parse_pairs(upper),
+            available_tokens=_available(available, opened) if tokens else None,
+            budget_tokens=parse_count(tokens) if tokens else None,
+            max_epochs=max_epochs,
+            extrapolate=extrapolate,
+            seed=used_seed,
+        )
     path = out or (opened.optimum_path if opened else None)
     if path is not None:
         with opened.lock() if opened else contextlib.nullcontext():
-            write_optimum(path, best, model)
+            write_optimum(path, best, model, plan)
+            if plan is not None:
+                write_plan(path, plan)
     if as_json:
-        click.echo(json.dumps(optimum_record(best, model)))
+        click.echo(json.dumps(optimum_record(best, model, plan)))
         return
     for run in runs.dropped:
         click.echo(f"Left out: run {run.index}, {run.reason}")
@@ -160,8 +190,11 @@ def command(
         click.echo(remark)
     _show(best)
     click.echo(f"Surrogate: {model.reason}")
+    if plan is not None:
+        show_plan(plan)
     if path is not None:
-        click.echo(f"Written: {path}, {path.with_suffix('.json')}")
+        also = "" if plan is None else f", {schedule_path(path)}"
+        click.echo(f"Written: {path}, {path.with_suffix('.json')}{also}")
     follow = (
         f"regmix-fast train {study or ''} --mixture optimum --mixture natural"
         if opened

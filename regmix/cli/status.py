@@ -17,11 +17,14 @@ def command(study: str | None, as_json: bool) -> None:
     Example:  regmix-fast status study
     """
     from regmix.data.mixtures import MixtureTable
+    from regmix.data.schedules import ScheduleTable
     from regmix.study import Study, find_study
     from regmix.swarm.ledger import Ledger
 
     opened = Study.open(find_study(study))
-    num_mixtures = len(MixtureTable.read_csv(opened.mixtures_path).indices)
+    num_proxies = len(MixtureTable.read_csv(opened.mixtures_path).indices)
+    if opened.schedules_path.is_file():
+        num_proxies += len(ScheduleTable.read_csv(opened.schedules_path))
     counts = {"done": 0, "failed": 0}
     failures = []
     if opened.ledger_path.exists():
@@ -30,7 +33,7 @@ def command(study: str | None, as_json: bool) -> None:
                 counts[row.state] = counts.get(row.state, 0) + 1
                 if row.error:
                     failures.append((row.index, row.error))
-    counts["pending"] = num_mixtures - counts["done"] - counts["failed"]
+    counts["pending"] = num_proxies - counts["done"] - counts["failed"]
     parts = {
         "fit": (opened.surrogate_path / "fit.json").exists(),
         "optimum": opened.optimum_path.exists(),
@@ -42,7 +45,7 @@ def command(study: str | None, as_json: bool) -> None:
         click.echo(json.dumps(state))
         return
     click.echo(
-        f"{num_mixtures} proxies: {counts['done']} done, {counts['pending']} pending, "
+        f"{num_proxies} proxies: {counts['done']} done, {counts['pending']} pending, "
         f"{counts['failed']} failed"
     )
     for index, error in failures:

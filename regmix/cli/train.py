@@ -22,7 +22,7 @@ from regmix.cli.training import (
     multiple=True,
     default=("optimum",),
     show_default=True,
-    help="optimum, natural, uniform or a YAML file; may be given several times.",
+    help="optimum, natural, uniform or a YAML file, also of a schedule; repeatable.",
 )
 @click.option(
     "--seeds",
@@ -55,12 +55,16 @@ def command(
     \b
     Example:  regmix-fast train study --model cpu-128 --mixture optimum --mixture natural --seeds 3
     """
+    from itertools import pairwise
+
     from regmix.cli.words import parse_count, training_from
+    from regmix.data.schedules import Schedule
     from regmix.large.train import (
         TrainRequest,
         budget_remarks,
+        dealt,
         plan_domains,
-        resolve_mixtures,
+        resolve_recipes,
         run_training,
     )
     from regmix.provenance import available_cores
@@ -79,7 +83,7 @@ def command(
         warmup_steps=warmup_steps,
         schedule=schedule,
     )
-    resolved = resolve_mixtures(opened, mixtures)
+    resolved = resolve_recipes(opened, mixtures)
     num_models = len(resolved) * seeds
     num_workers = min(workers or available_cores(), num_models)
     request = TrainRequest(
@@ -90,8 +94,12 @@ def command(
         threads=max(1, available_cores() // num_workers),
         checkpoint_seconds=checkpoint_seconds,
     )
-    for name, mixture in resolved.items():
-        uses = plan_domains(shards, mixture, training)
+    for name, recipe in resolved.items():
+        uses = plan_domains(shards, dealt(recipe, training), training)
+        if isinstance(recipe, Schedule):
+            firsts = [first for first, _ in recipe.at_steps(training.num_steps)]
+            steps = [f"{a + 1} to {b}" for a, b in pairwise([*firsts, training.num_steps])]
+            click.echo(f"{name}: a mixture each for the steps {', '.join(steps)}", err=True)
         shown = ", ".join(f"{d} {use.epochs:.2f}" for d, use in sorted(uses.items()))
         click.echo(f"{name}: epochs by domain: {shown}", err=True)
     for line in budget_remarks(opened, list(resolved), training):

@@ -166,6 +166,7 @@ def optimum_record(
         "action": best.action,
         "more_proxies": best.more_proxies,
         "verdict": best.verdict,
+        **({} if plan is None else {"schedule": plan.record()}),
     }
 
 

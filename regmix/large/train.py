@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ import xxhash
 from regmix.config import as_table
 from regmix.data.mixtures import Mixture, read_mixture_yaml
 from regmix.data.sampling.sampler import ORDER_VERSION, MixtureSampler
+from regmix.data.sampling.sampler import Schedule as Dealt
+from regmix.data.schedules import Schedule, read_schedule_yaml
 from regmix.data.shards import ShardSet
 from regmix.display import count
 from regmix.errors import MixtureError, ModelError, StudyError, nearest
@@ -35,22 +37,25 @@ from regmix.swarm.sweep import (
     LARGEST_STACK,
     Tally,
     remove_leftovers,
+    scheduled_member,
     stack_job,
     study_member,
 )
 
 NAMED_MIXTURES = ("optimum", "natural", "uniform")
+# What a model is trained on: one mixture, or one after the other.
+Recipe = Mixture | Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRequest:
-    """mixtures: name -> weights; replicates: models of each, every one with seeds of its own.
+    """mixtures: name -> what is trained on; replicates: models of each, each with its own seeds.
 
     num_workers and threads: processes and threads of each; stack_size: None to choose;
     checkpoint_seconds: time between two checkpoints of a stack.
     """
 
-    mixtures: dict[str, Mixture]
+    mixtures: Mapping[str, Recipe]
     replicates: int
     training: Training
     num_workers: int
@@ -68,7 +73,22 @@ class DomainUse:
 
 
 def resolve_mixture(study: Study, name: str) -> tuple[str, Mixture]:
-    """Return (name, mixture) for `optimum`, `natural`, `uniform`, or a mixture's YAML file."""
+    """Return (name, mixture) as `resolve_recipe`; `MixtureError` where it is a schedule."""
+    label, recipe = resolve_recipe(study, name)
+    if isinstance(recipe, Schedule):
+        number = len(recipe.segments)
+        raise MixtureError(
+            f"'{label}' is a schedule of {number} segments, where one mixture is needed",
+            cure=f"Take one of its segments: --segment 1 to {number}",
+        )
+    return label, recipe
+
+
+def resolve_recipe(study: Study, name: str) -> tuple[str, Recipe]:
+    """Return (name, mixture or schedule) for `optimum`, `natural`, `uniform`, or a YAML file.
+
+    A file with a section `segments` is a schedule.
+    """
     config = study.config
     if name == "natural":
         return name, Mixture(config.prior)
@@ -79,10 +99,10 @@ def resolve_mixture(study: Study, name: str) -> tuple[str, Mixture]:
             raise StudyError(
                 f"{study.path} has no optimum yet", cure="Find it with: regmix-fast optimize"
             )
-        return name, read_mixture_yaml(study.optimum_path)
+        return name, _read_recipe(study.optimum_path)
     path = Path(name)
     if path.is_file():
-        return _mixture_of_file(study, path)
+        return _recipe_of_file(study, path)
     raise MixtureError(
         f"no mixture '{name}': neither a file nor one of {', '.join(NAMED_MIXTURES)} "
         f"({nearest(name, NAMED_MIXTURES)})",
@@ -90,9 +110,13 @@ def resolve_mixture(study: Study, name: str) -> tuple[str, Mixture]:
     )
 
 
-def _mixture_of_file(study: Study, path: Path) -> tuple[str, Mixture]:
-    mixture, known = read_mixture_yaml(path), study.config.train_domains
-    if unknown := sorted(set(mixture) - set(known)):
+def _read_recipe(path: Path) -> Recipe:
+    return read_schedule_yaml(path) or read_mixture_yaml(path)
+
+
+def _recipe_of_file(study: Study, path: Path) -> tuple[str, Recipe]:
+    recipe, known = _read_recipe(path), study.config.train_domains
+    if unknown := sorted(set(recipe.domains) - set(known)):
         raise MixtureError(
             f"{path}: unknown domain '{unknown[0]}' ({nearest(unknown[0], known)})",
             cure="Name the domains as the study does",
@@ -102,27 +126,32 @@ def _mixture_of_file(study: Study, path: Path) -> tuple[str, Mixture]:
             f"{path}: a mixture file may not be called '{path.stem}', which names the study's own",
             cure="Rename the file: its models are called after it",
         )
-    return path.stem, mixture
+    return path.stem, recipe
 
 
-def resolve_mixtures(study: Study, names: Sequence[str]) -> dict[str, Mixture]:
-    """Return name -> mixture of all `names`; `MixtureError` where two have one name."""
-    resolved: dict[str, Mixture] = {}
+def resolve_recipes(study: Study, names: Sequence[str]) -> dict[str, Recipe]:
+    """Return name -> recipe of all `names`; `MixtureError` where two have one name."""
+    resolved: dict[str, Recipe] = {}
     for given in names:
-        name, mixture = resolve_mixture(study, given)
-        if name in resolved and dict(resolved[name]) != dict(mixture):
+        name, recipe = resolve_recipe(study, given)
+        if name in resolved and resolved[name] != recipe:
             raise MixtureError(
                 f"{given}: another mixture is called '{name}' too",
                 cure="Rename one of the files: models are called after them",
             )
-        resolved[name] = mixture
+        resolved[name] = recipe
     return resolved
 
 
-def plan_domains(shards: ShardSet, mixture: Mixture, training: Training) -> dict[str, DomainUse]:
-    """Return what a run will read of every domain of a mixture, exactly."""
+def dealt(recipe: Recipe, training: Training) -> Dealt:
+    """Return what the sampler deals: the mixture, or the segments from their first steps on."""
+    return recipe.at_steps(training.num_steps) if isinstance(recipe, Schedule) else recipe
+
+
+def plan_domains(shards: ShardSet, recipe: Dealt, training: Training) -> dict[str, DomainUse]:
+    """Return what a run will read of every domain of a mixture or of segments, exactly."""
     sampler = MixtureSampler(
-        shards, mixture, seq_len=training.shape.seq_len, batch_size=training.batch_size
+        shards, recipe, seq_len=training.shape.seq_len, batch_size=training.batch_size
     )
     plan = sampler.plan(training.num_steps)
     return {d: DomainUse(tokens=use.tokens, epochs=use.epochs) for d, use in plan.items()}
@@ -169,8 +198,8 @@ def run_training(
     """Train the models that are not trained; return the names of all that were asked for."""
     shards = study.open_shards()
     members = [
-        study_member(study, f"{name}-{replicate}", dict(mixture), replicate)
-        for name, mixture in request.mixtures.items()
+        _member(study, f"{name}-{replicate}", recipe, request.training, replicate)
+        for name, recipe in request.mixtures.items()
         for replicate in range(request.replicates)
     ]
     with study.lock() as descriptor:
@@ -213,6 +242,13 @@ def run_training(
         if failures:
             raise ModelError(failures[0], cure="Try a smaller --learning-rate; the others are kept")
     return [member.name for member in members]
+
+
+def _member(study: Study, name: str, recipe: Recipe, training: Training, replicate: int) -> Member:
+    if isinstance(recipe, Schedule):
+        segments = recipe.at_steps(training.num_steps)
+        return scheduled_member(study, name, segments, training.num_steps, replicate)
+    return study_member(study, name, dict(recipe), replicate)
 
 
 def _is_trained(study: Study, member: Member, training: Training) -> bool:
@@ -317,7 +353,7 @@ def _summary(
     shards: ShardSet, member: Member, training: Training, result: dict[str, Any], curve: np.ndarray
 ) -> dict[str, Any]:
     mixture_name, _, replicate = member.name.rpartition("-")
-    plan = plan_domains(shards, Mixture(member.weights), training)
+    plan = plan_domains(shards, member.dealt, training)
     seconds = result["seconds"]
     return {
         "name": member.name,

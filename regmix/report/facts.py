@@ -7,15 +7,16 @@ final models are read and compared by `large.comparison`. Writes nothing and wor
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 
 from regmix.data.mixtures import MixtureTable, read_index_table
 from regmix.decision.objective import make_objective
+from regmix.decision.tradeoffs import tradeoffs_path
 from regmix.large.comparison import (
     FinalModel,
     Gain,
@@ -28,18 +29,12 @@ from regmix.large.comparison import (
     read_models,
     read_table,
 )
+from regmix.report.decided import Decided, read_decided, read_optimum
+from regmix.report.estimates import Interval, finite
+from regmix.report.fitted import Fitted, read_fitted
+from regmix.report.predictions import OBJECTIVE, Predictions, numbers, read_predictions
+from regmix.report.tradeoffs import Traded, read_traded
 from regmix.study import Study
-
-OBJECTIVE = "objective"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Predictions:
-    """Held-out predictions: target -> losses [K] in nats; rows are the proxies `indices`."""
-
-    indices: tuple[int, ...]
-    true: dict[str, np.ndarray]
-    predicted: dict[str, np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +45,11 @@ class Facts:
     mixtures: MixtureTable | None
     losses: dict[int, dict[str, float]]
     fit: dict[str, Any] | None
+    fitted: Fitted | None
     predictions: Predictions | None
     optimum: dict[str, Any] | None
+    decided: Decided | None
+    traded: Traded | None
     models: tuple[FinalModel, ...]
     curves: dict[int, np.ndarray] = field(default_factory=dict)
     sweep: dict[str, Any] | None = None
@@ -129,6 +127,19 @@ class Facts:
         return {d: float(epochs[d]) for d in self.ordered_domains if finite(epochs.get(d))}
 
     @property
+    def observed(self) -> dict[str, Interval]:
+        """Domain -> its smallest and largest weight in any mixture that was trained on, or drawn.
+
+        Those without losses count only where none has losses yet.
+        """
+        if self.mixtures is None or not len(self.mixtures):
+            return {}
+        trained = [index in self.losses for index in self.mixtures.indices]
+        weights = self.mixtures.weights[trained if any(trained) else slice(None)]
+        ends = zip(weights.min(0).tolist(), weights.max(0).tolist(), strict=True)
+        return dict(zip(self.mixtures.domains, ends, strict=True))
+
+    @property
     def compared(self) -> list[MixtureResult]:
         """The final models that were trained alike, by mixture; the optimum comes first."""
         return sorted(group_models(self.models), key=lambda r: display_order(r.mixture))
@@ -137,11 +148,6 @@ class Facts:
     def gains(self) -> list[Gain]:
         """What the optimum gains over each other mixture."""
         return gains_of(self.compared)
-
-
-def finite(value: Any) -> TypeGuard[float]:
-    """Return whether a value read from a file is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def weighted(objective: Mapping[str, float], losses: Mapping[str, float]) -> float | None:
@@ -160,90 +166,42 @@ def read_facts(study: Study) -> Facts:
     fit_path = study.surrogate_path / "fit.json"
     predictions_path = study.surrogate_path / "predictions.csv"
     sweep_path = study.path / "sweep.json"
+    fit = read_table(fit_path, "targets") if fit_path.is_file() else None
+    optimum = read_optimum(optimum_path, study.config.prior) if optimum_path.is_file() else None
     return Facts(
         study=study,
         mixtures=MixtureTable.read_csv(study.mixtures_path)
         if study.mixtures_path.is_file()
         else None,
         losses=_read_losses(study.losses_path) if study.losses_path.is_file() else {},
-        fit=read_table(fit_path, "targets") if fit_path.is_file() else None,
-        predictions=_read_predictions(predictions_path, study.config.objective)
+        fit=fit,
+        fitted=None if fit is None else read_fitted(fit, fit_path),
+        predictions=read_predictions(predictions_path, study.config.objective)
         if predictions_path.is_file()
         else None,
-        optimum=_read_optimum(optimum_path, study.config.prior) if optimum_path.is_file() else None,
+        optimum=optimum,
+        decided=None if optimum is None else read_decided(optimum, optimum_path),
+        traded=_read_tradeoffs(study, optimum),
         models=read_models(study),
         curves=_read_curves(study.steps_path),
         sweep=read_table(sweep_path) if sweep_path.is_file() else None,
     )
 
 
-def _read_optimum(path: Path, prior: Mapping[str, float]) -> dict[str, Any]:
-    table = read_table(path, "domains", "weights")
-    domains, weights = table["domains"], table["weights"]
-    if not isinstance(domains, list) or not isinstance(weights, list):
-        raise damaged(path, "domains and weights are not lists")
-    if len(domains) != len(weights):
-        raise damaged(path, f"{len(domains)} domains and {len(weights)} weights")
-    if not all(finite(weight) for weight in weights):
-        raise damaged(path, "a weight is not a number")
-    for key in ("gain_nats", "baselines", "predicted", "epochs"):
-        if not isinstance(table.get(key) or {}, dict):
-            raise damaged(path, f"'{key}' is not a table")
-    return _with_natural(table, prior)
-
-
-def _with_natural(table: dict[str, Any], prior: Mapping[str, float]) -> dict[str, Any]:
-    """Return an optimum whose baseline "natural" is so called only where it is the corpus as is.
-
-    `optimize --prior FILE` gives it other weights.
-    """
-    found = ((table.get("baselines") or {}).get("natural") or {}).get("weights")
-    natural = [prior.get(domain, 0.0) for domain in table["domains"]]
-    if found is None or (
-        len(found) == len(natural) and np.allclose(found, natural, rtol=0, atol=1e-6)
-    ):
-        return table
-    gains = table.get("gain_nats") or {}
-    renamed = {("given prior" if name == "natural" else name): g for name, g in gains.items()}
-    verdict = str(table.get("verdict") or "").replace("'natural'", "the given prior")
-    return {**table, "gain_nats": renamed, "verdict": verdict}
-
-
-def _numbers(cells: Sequence[str], path: Path) -> list[float]:
-    try:
-        return [float(cell) if cell.strip() else math.nan for cell in cells]
-    except ValueError as error:
-        raise damaged(path, str(error)) from error
+def _read_tradeoffs(study: Study, optimum: Mapping[str, Any] | None) -> Traded | None:
+    path = tradeoffs_path(study.optimum_path)
+    if optimum is None or not path.is_file():
+        return None
+    return read_traded(path, dict(zip(optimum["domains"], optimum["weights"], strict=True)))
 
 
 def _read_losses(path: Path) -> dict[int, dict[str, float]]:
     header, indices, rows = read_index_table(path)
     targets = [name.removeprefix("metric/").removesuffix("_val_loss") for name in header]
     return {
-        index: dict(zip(targets, _numbers(cells, path), strict=True))
+        index: dict(zip(targets, numbers(cells, path), strict=True))
         for index, cells in zip(indices, rows, strict=True)
     }
-
-
-def _read_predictions(path: Path, objective: Mapping[str, float]) -> Predictions:
-    header, indices, rows = read_index_table(path)
-    values = np.array([_numbers(cells, path) for cells in rows]).reshape(len(rows), len(header))
-    columns = dict(zip(header, values.T, strict=True))
-    true = {n.removeprefix("true/"): c for n, c in columns.items() if n.startswith("true/")}
-    predicted = {
-        target: columns[f"predicted/{target}"]
-        for target in true
-        if f"predicted/{target}" in columns
-    }
-    true = {target: true[target] for target in predicted}
-    if not predicted:
-        raise damaged(path, "no columns 'true/<target>' and 'predicted/<target>'")
-    if OBJECTIVE not in predicted and set(objective) <= set(predicted):
-        total = math.fsum(objective.values())
-        for table in (true, predicted):
-            mean = sum(weight / total * table[target] for target, weight in objective.items())
-            table[OBJECTIVE] = np.asarray(mean)
-    return Predictions(indices=tuple(indices), true=true, predicted=predicted)
 
 
 def _read_curves(folder: Path) -> dict[int, np.ndarray]:

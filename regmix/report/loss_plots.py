@@ -1,4 +1,4 @@
-"""Charts of losses: of the final models, of the surrogate, of the proxies' training.
+"""Charts of losses: of the final models, and of training.
 
 Enters: losses in nats by mixture, target and proxy. Leaves: `Chart`s as `plots` describes them.
 """
@@ -154,92 +154,6 @@ def _target_dots(
         },
     }
     return {"data": data, "layout": layout}
-
-
-def prediction_scatter(
-    pairs: Mapping[str, tuple[np.ndarray, np.ndarray]],
-    notes: Mapping[str, str],
-    indices: Sequence[int],
-) -> Chart:
-    """Return held-out prediction against truth, a variant for each target.
-
-    pairs: target -> (true [K], predicted [K]) in nats; notes: what to say about a target.
-    """
-    variants = {}
-    for target, (true, predicted) in pairs.items():
-        finite = np.isfinite(true) & np.isfinite(predicted)
-        both = np.concatenate([true[finite], predicted[finite]])
-        low, high = (float(both.min()), float(both.max())) if both.size else (0.0, 1.0)
-        edge = 0.04 * (high - low or 1.0)
-        line = [low - edge, high + edge]
-        kept = [index for index, keep in zip(indices, finite, strict=True) if keep]
-        data = [
-            {
-                "type": "scatter",
-                "mode": "lines",
-                "x": line,
-                "y": line,
-                "line": {"color": "@muted", "width": 1, "dash": "dot"},
-                "hoverinfo": "skip",
-            },
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "x": predicted[finite].tolist(),
-                "y": true[finite].tolist(),
-                "marker": {"color": "@optimum", "size": 8, "opacity": 0.75},
-                "text": [f"proxy {index}" for index in kept],
-                "hovertemplate": "%{text}<br>predicted %{x:.4f} nats<br>true %{y:.4f} nats"
-                "<extra></extra>",
-            },
-        ]
-        layout = {
-            "showlegend": False,
-            "xaxis": {"title": {"text": "predicted loss, held out [nats per token]"}},
-            "yaxis": {"title": {"text": "true loss [nats per token]"}},
-            "annotations": [
-                {
-                    "xref": "paper",
-                    "yref": "paper",
-                    "x": 0.015,
-                    "y": 0.985,
-                    "xanchor": "left",
-                    "yanchor": "top",
-                    "align": "left",
-                    "showarrow": False,
-                    "text": label(notes.get(target, "")),
-                }
-            ],
-        }
-        variants[target] = {"data": data, "layout": layout}
-    return Chart(identity="prediction", height=430, variants=variants)
-
-
-def exchange_rates(rates: Mapping[str, Mapping[str, float]], domains: Sequence[str]) -> Chart:
-    """Return what a token of each domain is worth for each target, the best domain's being 1."""
-    targets = list(rates)
-    values = [[rates[target].get(domain, 0.0) for target in targets] for domain in domains]
-    data = [
-        {
-            "type": "heatmap",
-            "x": [label(target) for target in targets],
-            "y": [label(domain) for domain in domains],
-            "z": values,
-            "zmin": 0,
-            "zmax": 1,
-            "colorscale": "Cividis",
-            "texttemplate": "%{z:.2f}",
-            "xgap": 2,
-            "ygap": 2,
-            "colorbar": {"thickness": 12, "len": 0.9},
-            "hovertemplate": "a token of %{y} is worth %{z:.3f} for %{x}<extra></extra>",
-        }
-    ]
-    plain = {"showgrid": False, "type": "category"}
-    layout = {"xaxis": plain, "yaxis": plain | {"autorange": "reversed"}}
-    # Names of targets may be tilted, and then need their own room.
-    height = row_height(len(domains), 30) + 70
-    return Chart(identity="rates", height=height, variants={"": {"data": data, "layout": layout}})
 
 
 def model_curves(curves: Mapping[str, np.ndarray]) -> Chart:

@@ -1,8 +1,8 @@
-"""Charts of mixtures, as plain figures that plotly.js draws; losses are in `loss_plots`.
+"""Charts of mixtures, as plain figures that plotly.js draws; other charts are in `*_plots`.
 
-Enters: weights by domain and mixture. Leaves: `Chart`s whose colours are roles
-("@optimum"), which the page resolves to its light or dark palette. Draws nothing itself, and
-needs no plotly in Python; names are escaped, since plotly.js reads labels as markup.
+Enters: weights by domain and mixture. Leaves: `Chart`s whose colours are roles ("@optimum", or
+"@optimum:33" with an opacity), which the page resolves to its light or dark palette. Draws nothing
+itself, and needs no plotly in Python; names are escaped, since plotly.js reads labels as markup.
 """
 
 from __future__ import annotations
@@ -38,6 +38,20 @@ class Chart:
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class CrossChart(Chart):
+    """A chart of two numbers that a reader picks, each by its own list.
+
+    names: what can be picked; values: group -> a list of numbers for each name. A trace with a
+    "group" takes both of its coordinates from there, one with "front" only the points of it that
+    no other one is below in both. start: what is picked at first.
+    """
+
+    names: tuple[str, ...]
+    values: dict[str, list[list[float]]]
+    start: tuple[int, int]
+
+
 def label(name: str) -> str:
     """Return a name as text that plotly.js shows letter for letter."""
     return html.escape(name, quote=False)
@@ -57,7 +71,7 @@ def row_height(num_rows: int, per_row: int) -> int:
     return 110 + per_row * max(1, num_rows)
 
 
-def _shares_axis(highest: float) -> dict[str, Any]:
+def shares_axis(highest: float) -> dict[str, Any]:
     """Return an axis of square roots of shares: small weights stay apart, zero stays at zero."""
     ticks = [0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0]
     shown = [tick for tick in ticks if tick <= highest * 1.1]
@@ -187,12 +201,12 @@ def swarm_strip(
             ],
             "hovertemplate": "%{text}<extra></extra>",
         },
-        _ticks("natural", domains, prior, "@natural"),
+        ticks("natural", domains, prior, "@natural"),
     ]
     if optimum is not None:
-        data.append(_ticks("optimum", domains, optimum, "@optimum"))
+        data.append(ticks("optimum", domains, optimum, "@optimum"))
     layout = {
-        "xaxis": _shares_axis(float(weights.max()))
+        "xaxis": shares_axis(float(weights.max()))
         | {"title": {"text": "share of training tokens (square-root scale)"}},
         "yaxis": {
             "tickvals": list(range(len(domains))),
@@ -205,9 +219,10 @@ def swarm_strip(
     return Chart(identity="swarm", height=height, variants={"": {"data": data, "layout": layout}})
 
 
-def _ticks(
+def ticks(
     name: str, domains: Sequence[str], weights: Mapping[str, float], colour: str
 ) -> dict[str, Any]:
+    """Return a mixture as one upright line a domain, on an axis of `shares_axis`."""
     return {
         "type": "scatter",
         "mode": "markers",

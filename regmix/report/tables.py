@@ -10,15 +10,17 @@ from typing import Any
 from regmix.data.mixtures import coverage
 from regmix.display import count
 from regmix.large.comparison import display_order
-from regmix.report.facts import OBJECTIVE, Facts, finite
-from regmix.report.verdict import nats, percent
+from regmix.report.estimates import finite
+from regmix.report.facts import Facts
+from regmix.report.predictions import OBJECTIVE
+from regmix.report.words import NONE, nats, percent, percent_span
 
 
 def domain_rows(facts: Facts) -> list[dict[str, Any]]:
-    """Return a row a domain: its weight in each mixture, how the optimum changes it, epochs."""
+    """Return a row a domain: its weight in each mixture, its 90% interval, change, epochs."""
     if facts.optimum_weights is None:
         return []
-    epochs = facts.epochs
+    epochs, intervals = facts.epochs, facts.decided.intervals if facts.decided else {}
     available = facts.study.config.available_tokens
     rows = []
     for domain in facts.ordered_domains:
@@ -28,6 +30,7 @@ def domain_rows(facts: Facts) -> list[dict[str, Any]]:
             {
                 "domain": domain,
                 "weights": [w.get(domain, 0.0) for w in facts.known_mixtures.values()],
+                "interval": percent_span(intervals.get(domain)),
                 "factor": f"{weight / natural:.2f} x" if natural > 0 else "–",
                 "epochs": f"{epochs[domain]:.3g}" if domain in epochs else "–",
                 "available": count(available[domain]) if domain in available else "–",
@@ -37,7 +40,7 @@ def domain_rows(facts: Facts) -> list[dict[str, Any]]:
 
 
 def target_rows(facts: Facts) -> list[dict[str, Any]]:
-    """Return a row a target: held-out Spearman and RMSE."""
+    """Return a row a target: held-out Spearman and RMSE, and how often its interval held."""
     if facts.fit is None:
         return []
     objective = facts.study.config.objective
@@ -54,6 +57,7 @@ def target_rows(facts: Facts) -> list[dict[str, Any]]:
                 "share": "" if name == OBJECTIVE else percent(objective.get(name, 0.0)),
                 "spearman": nats(row.get("spearman"), 3),
                 "rmse": nats(row.get("rmse_nats")),
+                "coverage": percent(row["coverage"]) if finite(row.get("coverage")) else NONE,
             }
         )
     return rows

@@ -6,67 +6,78 @@ called measured only where models were trained; before that it is a prediction, 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from typing import Any
-
 from regmix.display import count
-from regmix.large.comparison import Gain
-from regmix.report.facts import OBJECTIVE, Facts, finite
+from regmix.report.decided import Decided
+from regmix.report.estimates import Estimate, finite
+from regmix.report.facts import Facts
+from regmix.report.predictions import OBJECTIVE
+from regmix.report.words import change_words, error_words, joined, nats, signed, span
 
-
-def nats(value: float | None, digits: int = 4) -> str:
-    """Return a loss without its unit, or a dash."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    return f"{value:.{digits}f}".replace("-", "−")
-
-
-def percent(value: float | None) -> str:
-    """Return a share as a percentage, or a dash."""
-    return "–" if value is None else f"{100 * value:.2f} %"
-
-
-def gain_words(gain: Gain) -> str:
-    """Return a gain with its standard error and in how many pairs the optimum was better."""
-    better = f"better in {gain.num_better} of {len(gain.pairs_nats)}"
-    return f"{nats(gain.mean_nats)}{_error_words(gain)} nats, {better}"
-
-
-def _error_words(gain: Gain) -> str:
-    return "" if gain.error_nats is None else f" ± {gain.error_nats:.4f}"
+# What the surrogate advises, and the look of the headline that says so.
+_LOOKS = {"use": "use", "keep": "keep", "train more": "train"}
+# The baselines whose predicted gains are shown at the top; the table of gains has them all.
+_SHOWN_GAINS = 3
 
 
 def headline(facts: Facts) -> dict[str, str]:
-    """Return the verdict: one sentence, what supports it, and "good", "mixed", "bad" or "open"."""
+    """Return the verdict: `text`, `support`, `badge` (the advice in few words, empty without).
+
+    kind: "good", "mixed" or "bad" where gains are measured, "use", "keep" or "train" where the
+    surrogate advises it, "open" otherwise.
+    """
     if facts.gains:
         return _measured_headline(facts)
-    if facts.optimum is not None:
-        gains = facts.optimum.get("gain_nats") or {}
-        parts = [
-            f"{float(gains[name]):.4f} nats over the {name} mixture"
-            for name in ("natural", "uniform")
-            if finite(gains.get(name))
-        ]
-        text = "The optimum is predicted to gain " + " and ".join(parts) + "."
-        if not parts:
-            text = "The optimum is found; its gain is not known."
-        verdict = _own_verdict(facts)
-        return {
-            # The surrogate itself advises against the optimum.
-            "kind": "mixed" if verdict.startswith("keep") else "open",
-            "text": text.replace(" -", " −"),
-            "support": "Predicted at the proxies' scale, not yet measured."
-            + (f" The surrogate's verdict: {verdict}." if verdict else "")
-            + _objective_remark(facts),
-        }
+    if facts.optimum is not None and facts.decided is not None:
+        return _predicted_headline(facts, facts.decided)
     num_done = len(facts.losses)
     num_drawn = len(facts.mixtures) if facts.mixtures is not None else 0
     return {
         "kind": "open",
+        "badge": "",
         "text": f"No optimum yet: {num_done} of {num_drawn} proxies have their losses.",
         "support": "The report grows with the study; each part says which command makes it.",
     }
+
+
+def _predicted_headline(facts: Facts, decided: Decided) -> dict[str, str]:
+    verdict = _own_verdict(facts)
+    support = (
+        "Predicted at the proxies' scale, not yet measured."
+        + (f" The surrogate's verdict: {verdict}." if verdict else "")
+        + _objective_remark(facts)
+    )
+    kind = _LOOKS.get(decided.action or "")
+    if kind is None:
+        # Older studies say it in their verdict alone.
+        kind = "mixed" if verdict.startswith("keep") else "open"
+    baseline = decided.baseline or "natural"
+    gain = decided.gains.get(baseline)
+    badge, text = "", _gain_sentence(decided)
+    if kind == "use":
+        badge = "Use the optimum"
+    elif kind == "keep":
+        badge = f"Keep the {baseline} mixture"
+        text = f"Keep the {baseline} mixture: the optimum is not shown to be better.{_over(gain)}"
+    elif kind == "train":
+        number = "" if decided.more_proxies is None else f"about {decided.more_proxies} "
+        badge = f"Train {number}more proxies"
+        text = f"Train {number}more proxies before choosing a mixture.{_over(gain)}"
+    return {"kind": kind, "badge": badge, "text": text, "support": support}
+
+
+def _gain_sentence(decided: Decided) -> str:
+    parts = [
+        f"{nats(decided.gains[name].mean)} nats over the {name} mixture"
+        for name in dict.fromkeys((decided.baseline or "natural", "natural", "uniform"))
+        if name in decided.gains
+    ]
+    if not parts:
+        return "The optimum is found; its gain is not known."
+    return "The optimum is predicted to gain " + " and ".join(parts) + "."
+
+
+def _over(gain: Estimate | None) -> str:
+    return "" if gain is None else f" Its predicted gain is {change_words(gain)}."
 
 
 def _measured_headline(facts: Facts) -> dict[str, str]:
@@ -78,8 +89,8 @@ def _measured_headline(facts: Facts) -> dict[str, str]:
         amount = f"{abs(gain.mean_nats):.4f} {unit} {word}"
         parts.append(f"{amount} than on the {gain.baseline} mixture")
     num_pairs = max(len(gain.pairs_nats) for gain in gains)
-    first = "Trained on the optimum, the final model's loss is " + _joined(parts) + "."
-    counts = _joined(
+    first = "Trained on the optimum, the final model's loss is " + joined(parts) + "."
+    counts = joined(
         [f"{g.num_better} of {len(g.pairs_nats)} pairs against {g.baseline}" for g in gains]
     )
     verdict = _own_verdict(facts)
@@ -94,7 +105,7 @@ def _measured_headline(facts: Facts) -> dict[str, str]:
     all_better = all(gain.num_better == len(gain.pairs_nats) for gain in gains)
     none_better = all(gain.mean_nats <= 0 for gain in gains)
     kind = "good" if all_better else "bad" if none_better else "mixed"
-    return {"kind": kind, "text": first, "support": support}
+    return {"kind": kind, "badge": "", "text": first, "support": support}
 
 
 def _own_verdict(facts: Facts) -> str:
@@ -108,40 +119,47 @@ def _objective_remark(facts: Facts) -> str:
     return f" The optimum was found for another objective than the study's: {other}."
 
 
-def _joined(parts: list[str]) -> str:
-    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
-
-
 def cards(facts: Facts) -> list[dict[str, str]]:
     """Return the numbers at the top: value, unit, what it is."""
-    found: list[dict[str, str]] = []
-    for gain in facts.gains:
-        value = f"{gain.mean_nats:+.4f}".replace("-", "−")
-        unit = f"nats{_error_words(gain)}"
-        found.append({"value": value, "unit": unit, "name": f"gain over {gain.baseline}"})
-    for baseline, value in ((facts.optimum or {}).get("gain_nats") or {}).items():
-        if finite(value) and not facts.gains:
-            text = f"{float(value):+.4f}".replace("-", "−")
-            found.append({"value": text, "unit": "nats", "name": f"predicted, over {baseline}"})
+    found = [
+        _card(signed(gain.mean_nats), f"nats{error_words(gain)}", f"gain over {gain.baseline}")
+        for gain in facts.gains
+    ]
+    if facts.decided is not None:
+        found += _decision_cards(facts, facts.decided)
     spearman = ((facts.fit or {}).get(OBJECTIVE) or {}).get("spearman")
     if finite(spearman):
-        found.append({"value": f"{float(spearman):.3f}", "unit": "", "name": "Spearman, held out"})
+        found.append(_card(f"{float(spearman):.3f}", "", "Spearman, held out"))
     if facts.losses:
         tokens = count(facts.study.config.proxy.tokens)
-        found.append(
-            {"value": str(len(facts.losses)), "unit": f"x {tokens} tokens", "name": "proxies"}
-        )
+        found.append(_card(str(len(facts.losses)), f"x {tokens} tokens", "proxies"))
     speed = (facts.sweep or {}).get("tokens_per_second")
     if finite(speed):
-        found.append({"value": count(speed), "unit": "tokens/s", "name": "speed of the sweep"})
+        found.append(_card(count(speed), "tokens/s", "speed of the sweep"))
     return found
 
 
-def scores_words(scores: Mapping[str, Any]) -> str:
-    """Return a target's held-out Spearman and RMSE, as far as they are known."""
-    words = []
-    if finite(scores.get("spearman")):
-        words.append(f"Spearman {float(scores['spearman']):.3f}")
-    if finite(scores.get("rmse_nats")):
-        words.append(f"RMSE {float(scores['rmse_nats']):.4f} nats")
-    return ", ".join(words)
+def _decision_cards(facts: Facts, decided: Decided) -> list[dict[str, str]]:
+    found = []
+    if not facts.gains:
+        order = (decided.baseline, "natural", "given prior", "uniform", "best observed")
+        names = [name for name in dict.fromkeys(order) if name in decided.gains]
+        for name in (names or list(decided.gains))[:_SHOWN_GAINS]:
+            gain = decided.gains[name]
+            unit = "nats" + ("" if gain.interval is None else f", 90%: {span(gain.interval, 3)}")
+            found.append(_card(signed(gain.mean), unit, f"predicted, over {name}"))
+    if decided.shortfall_nats is not None:
+        what = "what a still better mixture might save"
+        found.append(_card(nats(decided.shortfall_nats), "nats", what))
+    noise = decided.noise_nats
+    measured = facts.fitted is not None and facts.fitted.noise_measured
+    if noise is None and facts.fitted is not None:
+        noise = facts.fitted.noise_nats
+    if noise is not None:
+        how = "measured" if measured else "estimated"
+        found.append(_card(nats(noise), "nats", f"noise between seeds, {how}"))
+    return found
+
+
+def _card(value: str, unit: str, name: str) -> dict[str, str]:
+    return {"value": value, "unit": unit, "name": name}

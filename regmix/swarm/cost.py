@@ -112,7 +112,7 @@ def measure_tokens_per_second(job: StackJob, shards: ShardSet) -> float:
         probe = dataclasses.replace(
             job,
             members=job.members[:PROBE_MEMBERS],
-            training=dataclasses.replace(job.training, eval_every=None),
+            training=dataclasses.replace(job.training, eval_every=None, eval_steps=None),
         )
         trainer = StackTrainer(probe, shards)
         training = probe.training

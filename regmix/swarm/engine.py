@@ -39,13 +39,33 @@ EVAL_SEQUENCES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
+class MemberSegment:
+    """The mixture of one model from `first_step` on."""
+
+    first_step: int
+    weights: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Member:
-    """One model of a stack: `name` is a proxy's index or a model's name."""
+    """One model of a stack: `name` is a proxy's index or a model's name.
+
+    segments: its mixtures one after the other, None for one mixture; then `weights` is the
+    mixture over the whole run, for the record.
+    """
 
     name: str
     weights: dict[str, float]
     data_seed: int
     init_seed: int
+    segments: tuple[MemberSegment, ...] | None = None
+
+    @property
+    def dealt(self) -> dict[str, float] | list[tuple[int, dict[str, float]]]:
+        """What a sampler deals: the mixture, or (first step, mixture) pairs."""
+        if self.segments is None:
+            return self.weights
+        return [(segment.first_step, segment.weights) for segment in self.segments]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +90,7 @@ class StackJob:
 
     def to_table(self) -> dict[str, Any]:
         """Return the job as plain tables, for JSON."""
-        table = as_table(self)
-        table["members"] = [as_table(member) for member in self.members]
-        return table
+        return as_table(self)
 
     def identity(self) -> dict[str, Any]:
         """Return what is trained, without where its files lie: that may change between runs."""
@@ -136,7 +154,7 @@ class StackTrainer:
         self.samplers = [
             MixtureSampler(
                 shards,
-                member.weights,
+                member.dealt,
                 seq_len=training.shape.seq_len,
                 batch_size=training.batch_size,
                 data_seed=member.data_seed,
@@ -199,8 +217,7 @@ class StackTrainer:
         )
         self.train_losses[self.step] = losses_P.numpy()
         self.step += 1
-        every = training.eval_every
-        if every is not None and self.step % every == 0:
+        if training.evaluates_at(self.step):
             self.evaluations.append((self.step, self._evaluate()))
 
     def _evaluate(self) -> np.ndarray:

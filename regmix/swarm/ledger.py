@@ -161,6 +161,8 @@ class Ledger:
                 (proxy, step, target, loss)
                 for step, losses in result["evaluations"]
                 for target, loss in zip(job.targets, losses[position], strict=True)
+                # A loss that was not finite on the way, in a run that came back from it.
+                if loss is not None
             ]
             self._db.executemany("INSERT OR REPLACE INTO losses VALUES (?, ?, ?, ?)", rows)
 
@@ -182,17 +184,48 @@ class Ledger:
         ).fetchone()
         return float(row[0]), int(row[1])
 
-    def export_losses(self, path: Path, targets: Sequence[str]) -> int:
-        """Write the final losses of all finished proxies as CSV; return how many there are."""
-        final: dict[int, dict[str, tuple[int, float]]] = {}
-        for proxy, step, target, loss in self._db.execute(
+    def export_losses(
+        self, path: Path, targets: Sequence[str], *, without: frozenset[int] = frozenset()
+    ) -> int:
+        """Write the final losses of the finished proxies, but for `without`, as CSV.
+
+        Returns how many there are.
+        """
+        final: dict[int, dict[str, float]] = {}
+        for proxy, _, target, loss in self._evaluations():
+            if proxy not in without:
+                final.setdefault(proxy, {})[target] = loss
+        rows = [
+            [proxy, *(repr(losses[target]) for target in targets)]
+            for proxy, losses in final.items()
+        ]
+        _write_csv(path, ["index", *_loss_columns(targets)], rows)
+        return len(rows)
+
+    def export_trajectories(self, path: Path, targets: Sequence[str]) -> None:
+        """Write every evaluation of all finished proxies as CSV; a loss that is absent is empty."""
+        cells: dict[tuple[int, int], dict[str, float]] = {}
+        for proxy, step, target, loss in self._evaluations():
+            cells.setdefault((proxy, step), {})[target] = loss
+        rows = [
+            [*place, *(repr(losses[target]) if target in losses else "" for target in targets)]
+            for place, losses in cells.items()
+        ]
+        _write_csv(path, ["index", "step", *_loss_columns(targets)], rows)
+
+    def _evaluations(self) -> Iterator[tuple[int, int, str, float]]:
+        return self._db.execute(
             "SELECT proxy, step, target, loss_nats FROM losses ORDER BY proxy, step"
-        ):
-            final.setdefault(proxy, {})[target] = (step, loss)
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["index", *(f"metric/{target}_val_loss" for target in targets)])
-        for proxy, losses in final.items():
-            writer.writerow([proxy, *(repr(losses[target][1]) for target in targets)])
-        write_text(path, text.getvalue())
-        return len(final)
+        )
+
+
+def _loss_columns(targets: Sequence[str]) -> list[str]:
+    return [f"metric/{target}_val_loss" for target in targets]
+
+
+def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_text(path, text.getvalue())

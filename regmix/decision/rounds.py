@@ -1,0 +1,191 @@
+"""Rounds of a study: propose mixtures from the proxies so far, train them, and again.
+
+Enters: a study, how many rounds of how many mixtures, a function that trains what is pending.
+Leaves: a study with these rounds, each in `rounds.json` and in `mixtures.csv`. Trains nothing
+itself.
+
+A round is stored in `rounds.json` with all its mixtures before `mixtures.csv` gets them, and both
+before any of them is trained. Killed in between, the next run adds what is stored; it never
+proposes a round again. So the rounds that a study has say where to go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from regmix.data.mixtures import MixtureTable
+from regmix.decision.outlook import check_enough_to_look
+from regmix.decision.proposals import ProposalRequest, Proposals, propose
+from regmix.errors import StudyError
+from regmix.files import read_table, write_json
+from regmix.study import Study
+from regmix.swarm.sweep import SweepResult
+
+ROUNDS_VERSION = 1
+FILE = "rounds.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """A stored round; number counts from 1, indices name its rows of `mixtures.csv`."""
+
+    number: int
+    rule: str
+    seed: int
+    objective: str
+    num_runs: int
+    num_explored: int
+    best_nats: float
+    expected_nats: tuple[float, ...]
+    sd_nats: tuple[float, ...]
+    indices: tuple[int, ...]
+
+
+def read_rounds(study: Study) -> tuple[Round, ...]:
+    """Return the rounds of a study in order, none where it has no `rounds.json`."""
+    return tuple(_round(entry, _path(study)) for entry in _entries(study))
+
+
+def add_round(study: Study, request: ProposalRequest) -> Round:
+    """Propose mixtures, store them as the next round and append them to the study's mixtures.
+
+    Raises what `propose` raises.
+    """
+    with study.lock():
+        _append_stored(study)
+        entries = _entries(study)
+        proposed = propose(study, request)
+        entries.append(_entry(len(entries) + 1, request, proposed))
+        write_json(_path(study), {"version": ROUNDS_VERSION, "rounds": entries})
+        _append_stored(study)
+    return _round(entries[-1], _path(study))
+
+
+def train_in_rounds(
+    study: Study,
+    num_rounds: int,
+    request: ProposalRequest,
+    *,
+    train: Callable[[], SweepResult],
+    on_round: Callable[[Round], None] = lambda _: None,
+) -> SweepResult:
+    """Train what is pending, then propose and train until the study has `num_rounds` rounds.
+
+    train: trains all that is pending; request: of each round. Ends early where a proxy could not
+    be trained, so that the next run proposes from the same runs. Raises what `propose` raises.
+    """
+    with study.lock():
+        _append_stored(study)
+    num_made = len(_entries(study))
+    table = MixtureTable.read_csv(study.mixtures_path)
+    if num_made < num_rounds:
+        check_enough_to_look(len(table), len(table.domains))
+    result = train()
+    for _ in range(num_made, num_rounds):
+        if result.num_pending:
+            break
+        on_round(add_round(study, request))
+        before = result.trained_now
+        result = train()
+        result.trained_now += before
+    return result
+
+
+def _append_stored(study: Study) -> None:
+    """Append the last stored round to `mixtures.csv` where a kill came in between."""
+    entries = _entries(study)
+    if not entries:
+        return
+    last = entries[-1]
+    stored = MixtureTable(
+        tuple(last["domains"]), tuple(last["indices"]), np.array(last["weights"], dtype=np.float64)
+    )
+    table = MixtureTable.read_csv(study.mixtures_path)
+    present = [index for index in stored.indices if index in table.indices]
+    if not present:
+        table.extended(stored).write_csv(study.mixtures_path)
+        return
+    columns = [table.domains.index(name) for name in stored.domains]
+    for row, index in enumerate(stored.indices):
+        if index not in present or not np.array_equal(
+            table.weights[table.indices.index(index)][columns], stored.weights[row]
+        ):
+            raise StudyError(
+                f"{study.mixtures_path}: mixture {index} is not that of round {last['number']} in "
+                f"{_path(study).name}",
+                cure=f"Restore the row, or remove the round from {_path(study)}",
+            )
+
+
+def _path(study: Study) -> Path:
+    return study.path / FILE
+
+
+def _entries(study: Study) -> list[dict[str, Any]]:
+    if not _path(study).is_file():
+        return []
+    table = read_table(_path(study), "version", "rounds")
+    if table["version"] != ROUNDS_VERSION:
+        raise StudyError(
+            f"{_path(study)}: made by another version of regmix-fast (format "
+            f"{table['version']!r}, this one reads {ROUNDS_VERSION})",
+            cure="Use the version of regmix-fast that made it",
+        )
+    return list(table["rounds"])
+
+
+def _entry(number: int, request: ProposalRequest, proposed: Proposals) -> dict[str, Any]:
+    return {
+        "number": number,
+        "rule": request.rule,
+        "seed": request.seed,
+        "objective": proposed.objective,
+        "num_runs": proposed.num_runs,
+        "num_explored": proposed.num_explored,
+        "best_nats": proposed.best_nats,
+        "expected_nats": list(proposed.expected_nats),
+        "sd_nats": list(proposed.sd_nats),
+        "indices": list(proposed.table.indices),
+        "domains": list(proposed.table.domains),
+        "weights": proposed.table.weights.tolist(),
+    }
+
+
+def _round(entry: dict[str, Any], path: Path) -> Round:
+    fields = Round.__dataclass_fields__
+    missing = [name for name in (*fields, "domains", "weights") if name not in entry]
+    if missing:
+        raise StudyError(
+            f"{path}: a round without '{missing[0]}'", cure="Restore the file, or remove the round"
+        )
+    values: dict[str, Any] = {name: entry[name] for name in fields}
+    for name, value in values.items():
+        values[name] = tuple(value) if isinstance(value, list) else value
+    return Round(**values)
+
+
+def told(made: Round) -> Iterable[str]:
+    """Return in words what a round is, by which rule it was chosen, and what is expected of it."""
+    from regmix.decision.acquisition import find_rule
+
+    guided = len(made.indices) - made.num_explored
+    yield (
+        f"Round {made.number}: mixtures {made.indices[0]} to {made.indices[-1]}, proposed from "
+        f"{made.num_runs} proxies"
+    )
+    if made.num_explored:
+        yield f"  {made.num_explored} drawn at random, so that predictions stay right elsewhere"
+    if guided:
+        expected = made.expected_nats[made.num_explored :]
+        lowest = min(range(len(expected)), key=expected.__getitem__)
+        sd = made.sd_nats[made.num_explored + lowest]
+        yield f"  {guided} by '{made.rule}': {find_rule(made.rule).why}"
+        yield (
+            f"  expected of these, {made.objective}: {min(expected):.4f} (± {sd:.4f}) to "
+            f"{max(expected):.4f} nats; the best proxy so far has {made.best_nats:.4f} nats"
+        )
