@@ -6,6 +6,7 @@ from functools import cache
 
 import numpy as np
 import pytest
+from regmix_bench.replay import measure, plans, records
 
 from regmix.decision.acquisition import (
     RULES,
@@ -19,6 +20,7 @@ from regmix.decision.acquisition import (
 from regmix.decision.objective import Objective, make_objective
 from regmix.decision.outlook import Outlook, look
 from regmix.decision.replay import ReplayPlan, replay
+from regmix.decision.runs import NamedArray, Runs
 from regmix.errors import ConfigError, LossTableError, MixtureError
 
 NUM_DOMAINS = 5
@@ -200,6 +202,24 @@ def test_a_replay_of_more_runs_than_there_are_is_refused() -> None:
     pool = draws(30)
     with pytest.raises(ConfigError, match=r"a replay of 64 runs out of 30.*Start with fewer"):
         replay(pool, law(pool), pool, law(pool), objective=OBJECTIVE, plan=ReplayPlan())
+
+
+def test_the_bench_compares_every_rule_with_random_runs() -> None:
+    weights = draws(120, seed=5)
+    runs = Runs(
+        NamedArray.of(weights, tuple("abcde")),
+        NamedArray.of(law(weights), ("a",)),
+        tuple("abcde"),
+        ("a",),
+        tuple(range(120)),
+    )
+    cases = plans(["lcb"])
+    assert [plan.num_runs for plan in cases.values()] == [64, 128, 64, 64]
+    ends = measure(runs, None, OBJECTIVE, cases["64 random"], num_starts=2)
+    assert ends[0] != ends[1]
+    found = list(records("a, 64 random", ends, "runs kept aside"))
+    assert found[0].value == pytest.approx((ends[0].regret_nats + ends[1].regret_nats) / 2)
+    assert [record.unit for record in found] == ["nats", "nats", "nats", *["points"] * 3]
 
 
 @pytest.mark.parametrize("wrong", [{"start": 0}, {"per_round": 0}, {"num_rounds": -1}])

@@ -11,12 +11,16 @@ import pytest
 from search_cases import bowls, made_up
 
 from regmix.decision import simulation, uncertainty
+from regmix.decision.baselines import Baseline
 from regmix.decision.constraints import make_constraints
+from regmix.decision.exchange import exchange
+from regmix.decision.guard import make_guard
 from regmix.decision.objective import make_objective
 from regmix.decision.optimum import Optimum, optimize
 from regmix.decision.penalty import divergence
 from regmix.decision.predictor import Predictor
 from regmix.decision.regressors.trees import Trees
+from regmix.decision.search import _settled
 from regmix.decision.surrogate import Member, Surrogate, fit
 from regmix.errors import ConstraintError
 
@@ -178,8 +182,12 @@ def test_better_of_two_basins_is_found() -> None:
         return pull[:, None]
 
     model = made_up(lambda weights: 4 - sum(parts(weights))[:, None], slopes, "abc", "x")
-    prior = {"a": 0.6, "b": 0.2, "c": 0.2}
-    assert optimize(model, prior=prior).mixture["c"] > 0.8
+    # Draws near a never reach c, and the hint starts higher than they end.
+    hint = {"b": 0.3, "c": 0.7}
+    prior = {"a": 0.98, "b": 0.01, "c": 0.01}
+    assert model.mean(np.array([[0, 0.3, 0.7]])) > model.mean(wide[None])
+    best = optimize(model, prior=prior, baselines={"hint": hint})
+    assert best.mixture["c"] > 0.8
 
 
 def test_worst_target_is_the_minimum_of_a_brute_force_grid() -> None:
@@ -196,6 +204,20 @@ def test_worst_target_is_the_minimum_of_a_brute_force_grid() -> None:
     best = optimize(model, objective="worst")
     assert best.loss == pytest.approx(values.min(), abs=1e-5)
     assert best.loss <= values.min() + 1e-9
+
+
+def test_penalised_linear_loss_is_solved_as_by_hand() -> None:
+    # Minimise c . p + k KL(p || q): p is q exp(-c / k), scaled to 1.
+    cost, prior, kl = np.array([0.3, 0.1, 0.2, 0.9]), np.array([0.4, 0.1, 0.2, 0.3]), 0.2
+    model = made_up(
+        lambda weights: 1 + weights @ cost[:, None],
+        lambda weights: np.broadcast_to(cost, (len(weights), 1, 4)),
+        "abcd",
+        "x",
+    )
+    known = prior * np.exp(-cost / kl)
+    best = optimize(model, prior=prior, kl=kl)
+    assert best.weights == pytest.approx(known / known.sum(), abs=1e-5)
 
 
 def test_penalty_pulls_towards_the_prior_monotonically(process: Surrogate) -> None:
@@ -267,6 +289,30 @@ def test_guard_that_no_draw_keeps_is_said_and_kept() -> None:
     best = optimize(model, method="simulate", **wanted)
     assert "No draw of" in best.remarks[0]
     assert model.mean(best.weights)[0, 1] <= 2 + 1e-9
+
+
+def test_exchange_never_leaves_the_guard(trees: Surrogate) -> None:
+    uniform = Baseline("uniform", np.full(5, 0.2))
+    guard = make_guard(trees, uniform, 0.01)
+    predictor = Predictor(trees, make_objective("x", TARGETS), guard=guard)
+    free = Predictor(trees, make_objective("x", TARGETS))
+    limits = make_constraints(tuple(DOMAINS), upper={"b": 0.5})
+    found = exchange(predictor, limits, uniform.weights)
+    beyond = exchange(free, limits, uniform.weights)
+    assert guard.excess(trees.mean(beyond[None]))[0] > 0.01
+    assert guard.excess(trees.mean(found[None]))[0] <= 0
+    assert predictor.value(found[None])[0] < predictor.value(uniform.weights[None])[0]
+    assert predictor.judge(exchange(predictor, limits, beyond, "excess")[None])[1][0] == 0
+
+
+def test_mixture_that_breaks_the_guard_is_drawn_back_to_a_safe_one() -> None:
+    model = bowls(np.array([[0.9, 0.1, 0], [0.1, 0.9, 0]]), "abc", "xy")
+    safe, beyond = np.array([0.2, 0.8, 0.0]), np.array([0.9, 0.1, 0.0])
+    guard = make_guard(model, Baseline("safe", safe), 0.1)
+    predictor = Predictor(model, make_objective("x", "xy"), guard=guard)
+    found = _settled(predictor, make_constraints(tuple("abc")), safe, beyond[None])
+    assert guard.excess(model.mean(found[None]))[0] <= 0
+    assert 0.3 < found[0] < 0.9
 
 
 def test_screening_keeps_the_best_128_draws(process: Surrogate) -> None:

@@ -320,3 +320,11 @@ def test_few_published_runs_order_the_others(shared: Path) -> None:
     found = spearman(np.asarray(runs.losses)[others, 0], model.mean(runs.weights[others])[:, 0])
     assert found is not None
     assert found > 0.97
+
+
+@pytest.mark.parametrize("row", [[0.4] * 5, [0.5, np.nan, 0.5, 0, 0], [1.2, -0.2, 0, 0, 0]])
+def test_what_is_no_mixture_is_not_predicted(row: list[float]) -> None:
+    model = fit(draws(30), noisy(draws(30)), regressor="linear")
+    assert model.mean([[0.2, 0.2, 0.2, 0.2, 0.2001]]).shape == (1, 2)
+    with pytest.raises(MixtureError, match="mixture 1: weights from"):
+        model.predict([[0.2] * 5, row])

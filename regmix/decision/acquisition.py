@@ -28,7 +28,7 @@ BEST_SHARE = 0.25
 _SAME = 1e-3
 # A run this near to another one tells little more, however low the prediction there: where the
 # surface is known well, nothing else keeps a batch apart. Half the largest distance where that is
-# less. Batches on the published runs lie 0.15 apart or more without it.
+# less. Batches on a stand-in fitted to the published runs lie 0.15 apart without it.
 _APART = 0.05
 _JITTER = 1e-9
 

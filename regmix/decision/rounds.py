@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from regmix.data.mixtures import MixtureTable
+from regmix.decision.acquisition import find_rule
 from regmix.decision.outlook import check_enough_to_look
 from regmix.decision.proposals import ProposalRequest, Proposals, propose
 from regmix.errors import StudyError
@@ -171,8 +172,6 @@ def _round(entry: dict[str, Any], path: Path) -> Round:
 
 def told(made: Round) -> Iterable[str]:
     """Return in words what a round is, by which rule it was chosen, and what is expected of it."""
-    from regmix.decision.acquisition import find_rule
-
     guided = len(made.indices) - made.num_explored
     yield (
         f"Round {made.number}: mixtures {made.indices[0]} to {made.indices[-1]}, proposed from "

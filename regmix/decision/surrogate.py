@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from regmix.data.mixtures import PREFIX, MixtureTable
+from regmix.data.mixtures import PREFIX, SUM_TOLERANCE, MixtureTable
 from regmix.decision.blend import LAW, SMOOTH, choose, sum_of
 from regmix.decision.calibration import coverage, widening
 from regmix.decision.regressors.interface import Model
 from regmix.decision.regressors.registry import check_enough_runs, make_regressor
 from regmix.decision.runs import HIGHEST_LOSS_NATS, TARGET_PREFIX, TARGET_SUFFIX
 from regmix.decision.validation import HeldOut, Score, fold_of_mixtures, hold_out, scores
-from regmix.errors import LossTableError
+from regmix.errors import LossTableError, MixtureError
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +102,14 @@ class Surrogate:
                 f"mixtures of {values.shape[1]} weights for a surrogate of {len(self.domains)} "
                 "domains",
                 cure="Give weights [N, D] in the order of its domains",
+            )
+        wrong = ~(np.abs(values.sum(1) - 1) <= SUM_TOLERANCE) | (values < 0).any(1)
+        if wrong.any():
+            row = int(np.flatnonzero(wrong)[0])
+            raise MixtureError(
+                f"mixture {row}: weights from {values[row].min():g}, summing to "
+                f"{values[row].sum():g}",
+                cure=f"Give weights of 0 or more that sum to 1 within {SUM_TOLERANCE:g}",
             )
         return values
 

@@ -34,6 +34,8 @@ _DRAWN = 1 / 3
 _NUM_CLOUD = 150
 _MOST_ON_FRONTS = 450
 _NUM_SURFACES = 200
+# Under a guard a mixture keeps this share or more of its distance from one that is allowed.
+_LEAST_LEFT = 0.01
 # What a stored weight and a stored loss of a point are rounded to: a plot shows no more.
 _WEIGHT_DIGITS, _LOSS_DIGITS = 4, 5
 
@@ -46,7 +48,7 @@ class Tradeoffs:
     whether no other mixture is better on the objective and a target, or on two targets, at once.
     best [M, D]: each target's own best mixture; costs [M, M, 3]: what it changes on every target
     (mean, low, high of the 90% interval); objective_costs [M, 3]: the same of the objective.
-    num_judged: how many mixtures were predicted.
+    num_judged: how many mixtures were predicted, of which num_allowed keep the guard.
     """
 
     domains: tuple[str, ...]
@@ -60,6 +62,7 @@ class Tradeoffs:
     costs: np.ndarray
     objective_costs: np.ndarray
     num_judged: int
+    num_allowed: int
     seed: int
 
     def record(self) -> dict[str, Any]:
@@ -72,6 +75,7 @@ class Tradeoffs:
             "objective_name": self.objective.name,
             "reference": reference,
             "num_judged": self.num_judged,
+            "num_allowed": self.num_allowed,
             "seed": self.seed,
             "mixtures": {
                 name: {
@@ -140,6 +144,7 @@ def tradeoffs(
         costs=costs,
         objective_costs=objective_costs,
         num_judged=num_judged,
+        num_allowed=len(weights),
         seed=seed,
     )
 
@@ -187,8 +192,11 @@ def _judged(
         seed,
         BoundedOptions(),
     )
+    drawn = limits.moved_inside(drawn)
     given = known[limits.satisfied(known)]
-    weights = np.concatenate([known[:1], given, limits.moved_inside(drawn)])
+    if guard is not None:
+        drawn = _pulled(drawn, known[:1], rng)
+    weights = np.concatenate([known[:1], given, drawn])
     losses = model.mean(weights)
     share = max(16, (number - len(weights)) // 2)
     for between in (False, True):
@@ -200,10 +208,22 @@ def _judged(
             front = allowed[_on_fronts(_table(objective, losses[allowed]))]
             parts.append(_between(weights[front], weights[liked], share - share // 2, rng))
         fresh = np.concatenate(parts)
+        if guard is not None:
+            fresh = _pulled(fresh, weights[allowed], rng)
         weights = np.concatenate([weights, fresh])
         losses = np.concatenate([losses, model.mean(fresh)])
     allowed = _allowed(losses, guard)
     return weights[allowed], losses[allowed], len(weights)
+
+
+def _pulled(weights: np.ndarray, towards: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return mixtures [N, D] moved most or little of their way to some that the guard allows.
+
+    A tight guard refuses all but their neighbours.
+    """
+    share = _LEAST_LEFT ** rng.random((len(weights), 1))
+    anchors = towards[rng.integers(len(towards), size=len(weights))]
+    return np.asarray(share * weights + (1 - share) * anchors)
 
 
 def _allowed(losses: np.ndarray, guard: Guard | None) -> np.ndarray:

@@ -23,8 +23,9 @@ _SAME_WEIGHT = 1e-6
 class Traded:
     """Predicted losses [N, 1 + M] of allowed mixtures [N, D], the objective's first, in nats.
 
-    named: name -> (weights [D], losses [1 + M]), the optimum first; payoff: target -> what its own
-    best mixture changes against the optimum, by target, the objective under None.
+    named: name -> (weights [D], losses [1 + M]), the optimum first; payoff: target -> what its
+    own best mixture changes against the optimum, by target, the objective under None. num_judged
+    mixtures were predicted, num_allowed of them keep the guard.
     """
 
     domains: tuple[str, ...]
@@ -34,6 +35,7 @@ class Traded:
     named: dict[str, tuple[np.ndarray, np.ndarray]]
     payoff: dict[str, dict[str | None, Estimate]]
     num_judged: int
+    num_allowed: int
 
 
 def read_traded(path: Path, optimum: Mapping[str, float]) -> Traded | None:
@@ -78,7 +80,8 @@ def _traded(found: Mapping[str, Any], path: Path) -> Traded:
         losses=np.hstack([values, losses]),
         named=named,
         payoff={str(target): _payoff(row, path) for target, row in dict(found["payoff"]).items()},
-        num_judged=int(found.get("num_judged", len(losses))),
+        num_judged=int(found["num_judged"]),
+        num_allowed=int(found["num_allowed"]),
     )
 
 

@@ -27,7 +27,9 @@ def signed(value: float | None, digits: int = 4) -> str:
     """Return a change of loss with its sign and without its unit, or a dash."""
     if value is None or not math.isfinite(value):
         return NONE
-    return f"{value:+.{digits}f}".replace("-", "−")
+    text = f"{value:+.{digits}f}".replace("-", "−")
+    # Nothing is left of it at these digits, so neither is its sign.
+    return text[1:] if float(text[1:]) == 0 else text
 
 
 def percent(value: float | None) -> str:
