@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -90,7 +91,9 @@ def test_guard_that_clashes_is_named_with_bound_target_excess_and_cure(
 
 
 def test_guard_beyond_all_runs_is_named_with_its_cure(corners: Surrogate) -> None:
-    limited = Surrogate(**{**vars(corners), "weights": np.minimum(corners.weights, 0.6)})
+    share = (0.6 - 0.25) / 0.75  # corners drawn to the centre so far that the largest is 0.6
+    drawn = share * corners.weights + (1 - share) * 0.25
+    limited = replace(corners, weights=drawn)
     wanted: dict[str, Any] = {"objective": "y", "guard": {"a": 1.0}, "guard_tolerance": 0.0}
     with pytest.raises(ConstraintError, match=r"at most 0.6 \(the largest weight.*--extrapolate"):
         optimize(limited, **wanted)

@@ -18,6 +18,8 @@ SMALLER = {
     "--train-bpe 4096": "--train-bpe 320 --valid-fraction 0.15",
     "--num 64 --tokens 2M": "--num 24 --tokens 20k --batch-size 4",
     "optimize study --tokens 10M": "optimize study --tokens 40k",
+    "--guard-tolerance 0.2 --tokens 10M": "--guard-tolerance 0.2 --tokens 40k",
+    "--rounds 1 --per-round 8": "--rounds 1 --per-round 3",
     "--model cpu-128 --tokens 10M": "--model cpu-32 --tokens 40k --seq-len 128",
 }
 

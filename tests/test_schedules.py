@@ -24,7 +24,7 @@ from regmix.data.schedules import (
     write_schedule_yaml,
 )
 from regmix.data.shards import ShardSet
-from regmix.errors import MixtureError, StudyError
+from regmix.errors import ConfigError, MixtureError, StudyError
 from regmix.large.train import TrainRequest, resolve_mixture, resolve_recipe, run_training
 from regmix.study import Study, Training
 from regmix.swarm.drawing import SwarmRequest, make_study
@@ -246,3 +246,43 @@ def test_a_schedule_changed_after_its_proxy_is_refused(
         swapped.write_csv(study.schedules_path)
         with pytest.raises(StudyError, match="not the one its proxy was trained on"):
             scheduled_members(study, ledger)
+
+
+def test_mixtures_draws_schedules_and_evaluates_at_their_bounds(
+    tiny_shards: ShardSet, tmp_path: Path
+) -> None:
+    arguments = ["mixtures", str(tmp_path / "new"), "--shards", str(tiny_shards.path), "--num", "3"]
+    arguments += ["--tokens", "1280", "--batch-size", "4", "--seq-len", "32", "--model", "cpu-64"]
+    answer = CliRunner().invoke(cli, [*arguments, "--schedules", "2", "--segments", "3"])
+    assert answer.exit_code == 0, answer.output
+    assert "2 proxies more change their mixture, in 3 segments" in answer.output
+    study = Study.open(tmp_path / "new")
+    assert study.config.proxy.eval_steps == (3, 7)
+    assert len(ScheduleTable.read_csv(study.schedules_path)) == 2
+
+
+def test_segments_without_schedules_are_refused(tiny_shards: ShardSet, tmp_path: Path) -> None:
+    arguments = ["mixtures", str(tmp_path / "new"), "--shards", str(tiny_shards.path)]
+    answer = CliRunner().invoke(cli, [*arguments, "--segments", "3"])
+    assert isinstance(answer.exception, ConfigError)
+    assert "--segments has no use without --schedules" in str(answer.exception)
+
+
+def test_schedules_beside_mixtures_from_a_file_are_refused(
+    study: Study, tiny_shards: ShardSet, tmp_path: Path
+) -> None:
+    with pytest.raises(StudyError, match="schedules are drawn over all domains"):
+        make_study(
+            tmp_path / "other",
+            tiny_shards,
+            swarm=None,
+            training=study.config.proxy,
+            objective={"animals": 1.0},
+            mixtures_from=study.mixtures_path,
+            schedules=ScheduleRequest(num=2, num_segments=2),
+        )
+
+
+def test_a_request_for_one_segment_is_refused() -> None:
+    with pytest.raises(ConfigError, match="3 schedules of 1 segments"):
+        ScheduleRequest(num=3, num_segments=1)

@@ -113,7 +113,9 @@ def command(
         made = [dataclasses.asdict(entry) for entry in read_rounds(opened)]
         click.echo(json.dumps({**vars(result), "rounds": made}))
     else:
-        click.echo(f"{result.num_done} proxies have their losses: {opened.losses_path}")
+        paths = [opened.losses_path, opened.trajectories_path]
+        tables = ", ".join(str(path) for path in paths if path.is_file())
+        click.echo(f"{result.num_done} proxies have their losses: {tables}")
         for name, why in result.failures:
             click.echo(f"  {name}: {why}", err=True)
     if result.num_pending:

@@ -40,7 +40,9 @@ class Surrogate:
     held_out, held_out_sd [K, M]: each run's prediction by models that had not seen it, and its
     standard deviation; how: in words. scores: its error per target; member_scores: the same of
     each regressor considered. widening [M]: what makes 90% intervals hold 90% of held-out losses;
-    coverage [M]: what they hold of runs that did not set it. reason: why these members.
+    coverage [M]: what they hold of runs that did not set it; process_widening [M]: the same as
+    widening for the deviations of the Gaussian process alone around the blend's predictions, None
+    without one. reason: why these members.
     """
 
     domains: tuple[str, ...]
@@ -58,6 +60,7 @@ class Surrogate:
     member_scores: dict[str, tuple[Score, ...]]
     widening: np.ndarray
     coverage: np.ndarray
+    process_widening: np.ndarray | None
 
     def mean(self, weights: Any) -> np.ndarray:
         """Return the predicted losses [N, M]."""
@@ -202,6 +205,7 @@ def fit(
         member_scores={name: scores(target_names, y, unseen[name].mean) for name in names},
         widening=widening(y, mean, sd),
         coverage=coverage(y, mean, sd, folds),
+        process_widening=widening(y, mean, unseen[SMOOTH].sd) if SMOOTH in unseen else None,
     )
 
 

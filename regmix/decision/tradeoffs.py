@@ -34,6 +34,8 @@ _DRAWN = 1 / 3
 _NUM_CLOUD = 150
 _MOST_ON_FRONTS = 450
 _NUM_SURFACES = 200
+# How often mixtures near the best so far are added.
+_ROUNDS = 3
 # Under a guard a mixture keeps this share or more of its distance from one that is allowed.
 _LEAST_LEFT = 0.01
 # What a stored weight and a stored loss of a point are rounded to: a plot shows no more.
@@ -192,14 +194,12 @@ def _judged(
         seed,
         BoundedOptions(),
     )
-    drawn = limits.moved_inside(drawn)
-    given = known[limits.satisfied(known)]
-    if guard is not None:
-        drawn = _pulled(drawn, known[:1], rng)
-    weights = np.concatenate([known[:1], given, drawn])
+    given = known[1:][limits.satisfied(known[1:])]
+    weights = np.concatenate([known[:1], given, limits.moved_inside(drawn)])
     losses = model.mean(weights)
-    share = max(16, (number - len(weights)) // 2)
-    for between in (False, True):
+    share = max(16, (number - len(weights)) // _ROUNDS)
+    for round_ in range(_ROUNDS):
+        between = round_ > 0
         allowed = _allowed(losses, guard)
         liked = np.unique(np.concatenate([[0], allowed[losses[allowed].argmin(0)]]))
         near = around(weights[liked], share // 2 if between else share, limits, rng)

@@ -6,8 +6,8 @@ surfaces that the proxies leave possible. Searches nothing.
 
 After RegMix-D (arXiv 2606.18663), with two changes. A regression per segment stands in the place
 of one over all times: losses fall at a pace that the learning rate sets. And a segment's inputs
-hold the mixture so far too, for a few losses do not tell all that a model has learned: it took a
-third off the held-out error where learning adds up over the run (docs/decisions.md).
+hold the mixture so far too, for a few losses do not tell all that a model has learned: where
+learning adds up over the run that took two fifths off the held-out error (docs/decisions.md).
 Legend: K proxies, N segments, D domains, M targets, R numbers of a state, C schedules, S draws.
 """
 

@@ -76,7 +76,8 @@ def error_process(model: Surrogate) -> tuple[GPModel, np.ndarray]:
     """
     member = model.member("gp")
     if member is not None and isinstance(member.model, GPModel):
-        return member.model, member.widening * model.widening
+        assert model.process_widening is not None
+        return member.model, model.process_widening
     process = untrained(model.weights, model.losses)
     rmse = np.array([entry.rmse_nats for entry in model.scores])
     own = np.sqrt((process.held_out_sd**2).mean(0))

@@ -57,7 +57,8 @@ def _decision_charts(facts: Facts, domains: list[str]) -> list[Chart]:
     if any(gain.interval for gain in decided.gains.values()):
         charts.append(gain_bars(decided.gains, decided.better, facts.gains))
     if facts.traded is not None and len(facts.traded.losses):
-        objective = str(facts.optimum.get("objective_name") or OBJECTIVE)
+        name = facts.optimum.get("objective_name")
+        objective = OBJECTIVE if name is None else f"{OBJECTIVE} ({name})"
         charts.append(tradeoff_scatter(facts.traded, objective))
     return charts
 
@@ -104,14 +105,9 @@ def _prediction_chart(facts: Facts, predictions: Predictions) -> Chart:
     fit = facts.fit or {}
     notes = {}
     for name in names:
-        scores = dict(fit.get("targets", {}).get(name) or {})
+        scores = fit.get("targets", {}).get(name) or {}
         if name == OBJECTIVE and facts.other_fit_objective is None:
-            scores = dict(fit.get(OBJECTIVE) or {})
-            # An objective of one target is that target; a mean of several has no coverage.
-            if len(facts.study.config.objective) == 1:
-                (only,) = facts.study.config.objective
-                own = fit.get("targets", {}).get(only) or {}
-                scores["coverage"] = own.get("coverage")
+            scores = facts.objective_scores
         notes[name] = scores_words(scores)
     mixtures = {}
     if facts.mixtures is not None:

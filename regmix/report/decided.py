@@ -51,7 +51,8 @@ class GuardRow:
 class Decided:
     """The optimum's decision; gains and losses in nats, intervals of 90%.
 
-    baseline: what the verdict is about; limits: domain -> bounds on its weight; bound: domain ->
+    baseline: what the verdict is about; loss_nats: the optimum's;
+    limits: domain -> bounds on its weight; bound: domain ->
     the limit that its weight is at, in words; feasible: whether a baseline respects the limits.
     """
 
@@ -62,6 +63,7 @@ class Decided:
     better: dict[str, float]
     feasible: dict[str, bool]
     intervals: dict[str, Interval]
+    loss_nats: float | None
     loss_interval: Interval | None
     shortfall_nats: float | None
     noise_nats: float | None
@@ -141,6 +143,7 @@ def read_decided(found: Mapping[str, Any], path: Path) -> Decided:
             if isinstance(entry, dict) and isinstance(entry.get("feasible"), bool)
         },
         intervals=entries(found.get("intervals"), path, "intervals", interval),
+        loss_nats=number(table(found.get("predicted"), path, "predicted").get("objective")),
         loss_interval=None
         if loss_interval is None
         else interval(loss_interval, path, "objective_interval_nats"),

@@ -243,8 +243,8 @@ def tradeoff_scatter(traded: Traded, objective: str) -> CrossChart:
         "mode": "lines+markers",
         "name": "best on both (Pareto front)",
         "front": True,
-        "line": {"color": "@other0", "width": 2},
-        "marker": {"color": "@other0", "size": 7},
+        "line": {"color": "@text", "width": 1.5},
+        "marker": {"color": "@text", "size": 6},
     }
     colours = roles(list(traded.named))
     data = [points, front]
@@ -273,7 +273,7 @@ def tradeoff_scatter(traded: Traded, objective: str) -> CrossChart:
         identity="tradeoffs",
         height=520,
         variants={"": {"data": data, "layout": {"hovermode": "closest", "showlegend": True}}},
-        names=(f"objective ({objective})", *traded.targets),
+        names=(objective, *traded.targets),
         values=values,
         start=(0, _opposed(traded.losses)),
     )

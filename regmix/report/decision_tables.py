@@ -26,7 +26,7 @@ def gain_rows(facts: Facts) -> list[dict[str, str]]:
                 "baseline": name,
                 "gain": signed(None if predicted is None else predicted.mean),
                 "interval": span(None if predicted is None else predicted.interval),
-                "better": NONE if better is None else f"{better:.0%}".replace("%", " %"),
+                "better": percent(better, 0),
                 "feasible": NONE if feasible is None else "yes" if feasible else "no",
                 "measured": NONE
                 if found is None

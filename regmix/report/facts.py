@@ -72,6 +72,16 @@ class Facts:
         return {mixture: curve for mixture, curve in curves.items() if curve is not None}
 
     @property
+    def objective_scores(self) -> dict[str, Any]:
+        """How well the objective was predicted; its coverage is known where it is one target."""
+        fit = self.fit or {}
+        scores = dict(fit.get(OBJECTIVE) or {})
+        only = list(self.study.config.objective)
+        if scores and len(only) == 1 and self.other_fit_objective is None:
+            scores["coverage"] = (fit["targets"].get(only[0]) or {}).get("coverage")
+        return scores
+
+    @property
     def other_fit_objective(self) -> str | None:
         """The objective that the surrogate was judged by, where it is not the study's."""
         name = ((self.fit or {}).get(OBJECTIVE) or {}).get("name")

@@ -109,19 +109,20 @@ def _note(text: str) -> dict[str, Any]:
 def learning_curve(curve: LearningCurve) -> Chart:
     """Return error against proxies on log axes, its spread, and what twice the proxies would do.
 
-    A second variant shows Spearman. The spread is over repeats; the last point has all proxies.
+    A second variant shows Spearman. The spread is over random subsets; the last point, of all
+    proxies, has none.
     """
     points = curve.points
     runs = [point.num_runs for point in points]
-    band = [*points, *reversed(points)]
-    edge = len(points)
+    spread = [point for point in points if point.rmse_sd_nats > 0]
+    band = [*((p, 1) for p in spread), *((p, -1) for p in reversed(spread))]
     shown: list[dict[str, Any]] = [
         {
             "type": "scatter",
             "mode": "lines",
             "name": "± one standard deviation over subsets",
-            "x": [point.num_runs for point in band],
-            "y": [_edge(p, 1 if place < edge else -1) for place, p in enumerate(band)],
+            "x": [point.num_runs for point, _ in band],
+            "y": [_edge(point, sign) for point, sign in band],
             "fill": "toself",
             "fillcolor": "@optimum:33",
             "line": {"color": "@optimum:00", "width": 0},

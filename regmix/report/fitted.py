@@ -36,11 +36,14 @@ class LearningCurve:
 
 @dataclass(frozen=True, kw_only=True)
 class Fitted:
-    """curve: of the objective; influence: target -> domain -> change in nats when the weight rises
-    by `raised_by` from the mixture `at`; rates: what a token of a domain is worth for a target;
-    noise_nats: between seeds, of the objective, and where it is known from.
+    """What a fit says of itself.
+
+    held_out_by: how the error was found; curve: of the objective; influence: target -> domain ->
+    change in nats when the weight rises by `raised_by` from the mixture `at`; rates: what a token
+    of a domain is worth for a target; noise_nats: between seeds, of the objective.
     """
 
+    held_out_by: str
     curve: LearningCurve | None
     influence: ByTarget
     raised_by: float
@@ -59,6 +62,7 @@ def read_fitted(found: Mapping[str, Any], path: Path) -> Fitted:
     raised = number(influence.get("raised_by"))
     at = entries(influence.get("at"), path, "at", estimate)
     return Fitted(
+        held_out_by=str(found.get("held_out_by") or ""),
         curve=_curve(found.get("learning_curve"), path),
         influence=by_target(influence.get("change_nats"), path, "change_nats"),
         raised_by=0.05 if raised is None else raised,

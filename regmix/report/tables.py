@@ -45,7 +45,7 @@ def target_rows(facts: Facts) -> list[dict[str, Any]]:
         return []
     objective = facts.study.config.objective
     rows = []
-    scores = [(OBJECTIVE, facts.fit.get(OBJECTIVE) or {}), *facts.fit["targets"].items()]
+    scores = [(OBJECTIVE, facts.objective_scores), *facts.fit["targets"].items()]
     for name, row in scores:
         if not row:
             continue
@@ -57,7 +57,7 @@ def target_rows(facts: Facts) -> list[dict[str, Any]]:
                 "share": "" if name == OBJECTIVE else percent(objective.get(name, 0.0)),
                 "spearman": nats(row.get("spearman"), 3),
                 "rmse": nats(row.get("rmse_nats")),
-                "coverage": percent(row["coverage"]) if finite(row.get("coverage")) else NONE,
+                "coverage": percent(row["coverage"], 0) if finite(row.get("coverage")) else NONE,
             }
         )
     return rows

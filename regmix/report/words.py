@@ -32,9 +32,9 @@ def signed(value: float | None, digits: int = 4) -> str:
     return text[1:] if float(text[1:]) == 0 else text
 
 
-def percent(value: float | None) -> str:
+def percent(value: float | None, digits: int = 2) -> str:
     """Return a share as a percentage, or a dash."""
-    return NONE if value is None else f"{100 * value:.2f} %"
+    return NONE if value is None else f"{100 * value:.{digits}f} %"
 
 
 def span(interval: Interval | None, digits: int = 4) -> str:
