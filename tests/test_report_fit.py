@@ -127,6 +127,18 @@ def test_influence_marks_the_changes_whose_sign_is_open(page: Page) -> None:
     assert cells["zmin"] == -cells["zmax"]
 
 
+def test_frozen_domains_have_one_row_of_influence(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study", SURE)
+    changes = {"(kept)": [0.01, 0.0, 0.02], "web": [-0.02, -0.03, -0.01]}
+    told = {"raised_by": 0.05, "at": {"web": 0.5}, "change_nats": dict.fromkeys(TARGETS, changes)}
+    change(study.surrogate_path / "fit.json", influence=told)
+    facts = read_facts(study)
+    (cells,) = make_charts(facts)["influence"].variants[""]["data"]
+    assert cells["y"] == ["web", "(kept)"]
+    assert cells["text"][0] == ["−0.020"] * 3
+    assert facts.influence_from == "the mean of the runs"
+
+
 @pytest.mark.parametrize(
     ("parts", "words"), [(PARTS, "0.500 (90% interval 0.400 to 0.700)"), (OLDER, "0.500")]
 )

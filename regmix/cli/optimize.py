@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     "--out", type=click.Path(path_type=Path), help="YAML file to write.  [default: the study's]"
 )
 @click.option("--objective", help="Target, mean, worst or a=0.5,b=0.5.  [default: the study's]")
-@click.option("--tokens", help="Tokens of the large run, for example 25B: limits the epochs.")
+@click.option(
+    "--tokens",
+    help="Tokens of the large run, for example 25B: limits the epochs.  [default: the study's]",
+)
 @click.option("--max-epochs", type=float, default=4, show_default=True, help="Epochs of a domain.")
 @click.option(
     "--available", multiple=True, metavar="DOMAIN=TOKENS", help="Tokens that exist, with --losses."
@@ -123,17 +126,18 @@ def command(
     from regmix.decision.surrogate import fit
     from regmix.errors import ConfigError
 
-    if available and not tokens:
-        raise ConfigError(
-            "--available limits epochs only for a run of known length",
-            cure="Add its tokens, for example --tokens 25B, or leave --available out",
-        )
     if guard_tolerance is not None and guard is None:
         raise ConfigError(
             "--guard-tolerance says by how much, but not worse than what",
             cure="Add the mixture, for example --guard natural, or leave the tolerance out",
         )
     opened, mixtures_path, losses_path = open_source(study, mixtures, losses)
+    budget = parse_count(tokens) if tokens else opened.config.target_tokens if opened else None
+    if available and budget is None:
+        raise ConfigError(
+            "--available limits epochs only for a run of known length",
+            cure="Add its tokens, for example --tokens 25B, or leave --available out",
+        )
     planned = refuse_unplanned(opened, kl=kl, guard=guard) if segments is not None else None
     runs = read_runs(mixtures_path, losses_path, partial=partial)
     used, used_seed = _settings_of_fit(opened, regressor, seed)
@@ -150,8 +154,8 @@ def command(
         prior=start,
         lower=parse_pairs(lower),
         upper=parse_pairs(upper),
-        available_tokens=_available(available, opened) if tokens else None,
-        budget_tokens=parse_count(tokens) if tokens else None,
+        available_tokens=_available(available, opened) if budget else None,
+        budget_tokens=budget,
         max_epochs=max_epochs,
         kl=kl,
         guard=reference,
@@ -169,8 +173,8 @@ def command(
             segments,
             lower=parse_pairs(lower),
             upper=parse_pairs(upper),
-            available_tokens=_available(available, opened) if tokens else None,
-            budget_tokens=parse_count(tokens) if tokens else None,
+            available_tokens=_available(available, opened) if budget else None,
+            budget_tokens=budget,
             max_epochs=max_epochs,
             extrapolate=extrapolate,
             seed=used_seed,

@@ -10,17 +10,19 @@ Legend: N mixtures, D domains, M targets.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from regmix.data.draws import BoundedOptions, draw_bounded
+from regmix.data.groups import Groups
 from regmix.data.mixtures import Mixture
 from regmix.decision.constraints import Constraints
 from regmix.decision.guard import SLACK_NATS, Guard
 from regmix.decision.objective import Objective
+from regmix.decision.optimum import Optimum
 from regmix.decision.rivals import around
 from regmix.decision.surrogate import Surrogate
 from regmix.decision.uncertainty import draw_surfaces, tails
@@ -148,6 +150,53 @@ def tradeoffs(
         num_judged=num_judged,
         num_allowed=len(weights),
         seed=seed,
+    )
+
+
+def tradeoffs_of(
+    best: Optimum, model: Surrogate, groups: Groups | None = None, *, number: int = NUM_JUDGED
+) -> Tradeoffs:
+    """Return the trade-offs around an optimum and its baselines, under its limits and its guard.
+
+    With frozen ratios (`groups`) the surrogate knows the short space alone, and the trade-offs
+    are told over all domains, as the optimum is.
+    """
+    mixtures = {"optimum": best.weights}
+    for entry in best.baselines:
+        name = entry.name if entry.name not in mixtures else f"{entry.name} (baseline)"
+        mixtures[name] = np.array([entry.weights[domain] for domain in best.domains])
+    limits = best.constraints
+    if groups is not None:
+        mixtures = {name: groups.reduce(weights[None])[0] for name, weights in mixtures.items()}
+        limits = _short(limits, groups)
+    found = tradeoffs(
+        model, best.objective, limits, mixtures, guard=best.guard, number=number, seed=best.seed
+    )
+    return found if groups is None else _over_all(found, groups)
+
+
+def _short(limits: Constraints, groups: Groups) -> Constraints:
+    pairs = zip(limits.domains, limits.lower.tolist(), limits.upper.tolist(), strict=True)
+    bounds = {name: (low, high) for name, low, high in pairs}
+    low = groups.reduce_lower({name: pair[0] for name, pair in bounds.items()})
+    high = groups.reduce_upper({name: pair[1] for name, pair in bounds.items()})
+    return Constraints(
+        groups.names,
+        np.array([low.get(name, 0.0) for name in groups.names]),
+        np.array([min(high.get(name, 1.0), 1.0) for name in groups.names]),
+    )
+
+
+def _over_all(found: Tradeoffs, groups: Groups) -> Tradeoffs:
+    return replace(
+        found,
+        domains=groups.domains,
+        named={
+            name: (groups.expand(weights[None])[0], losses)
+            for name, (weights, losses) in found.named.items()
+        },
+        weights=groups.expand(found.weights),
+        best=groups.expand(found.best),
     )
 
 

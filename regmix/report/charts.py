@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from regmix.report.decision_plots import gain_bars, tradeoff_scatter, weight_intervals
-from regmix.report.estimates import finite
+from regmix.report.estimates import ByTarget, finite
 from regmix.report.facts import Facts
 from regmix.report.fit_plots import (
     exchange_rates,
@@ -93,10 +93,17 @@ def _fit_charts(facts: Facts, domains: list[str]) -> list[Chart]:
     if fitted.curve is not None and fitted.curve.points:
         charts.append(learning_curve(fitted.curve))
     if fitted.influence:
-        charts.append(influence_map(fitted.influence, domains, fitted.raised_by))
+        rows = _rows(fitted.influence, domains)
+        charts.append(influence_map(fitted.influence, rows, fitted.raised_by))
     if fitted.rates:
-        charts.append(exchange_rates(fitted.rates, domains))
+        charts.append(exchange_rates(fitted.rates, _rows(fitted.rates, domains)))
     return charts
+
+
+def _rows(table: ByTarget, domains: list[str]) -> list[str]:
+    """Return the domains that a table speaks of, in their order; frozen ones are one of its own."""
+    told = dict.fromkeys(domain for row in table.values() for domain in row)
+    return [d for d in domains if d in told] + [d for d in told if d not in domains]
 
 
 def _prediction_chart(facts: Facts, predictions: Predictions) -> Chart:

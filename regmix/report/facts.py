@@ -36,6 +36,9 @@ from regmix.report.predictions import OBJECTIVE, Predictions, numbers, read_pred
 from regmix.report.tradeoffs import Traded, read_traded
 from regmix.study import Study
 
+# Weights that went through a file differ by less.
+_SAME_WEIGHT = 1e-6
+
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
@@ -148,6 +151,14 @@ class Facts:
         weights = self.mixtures.weights[trained if any(trained) else slice(None)]
         ends = zip(weights.min(0).tolist(), weights.max(0).tolist(), strict=True)
         return dict(zip(self.mixtures.domains, ends, strict=True))
+
+    @property
+    def influence_from(self) -> str:
+        """Where the influence of the domains was told, in words."""
+        at, prior = {} if self.fitted is None else self.fitted.at, self.study.config.prior
+        # Frozen domains stand there as one, whose weight is theirs together.
+        known = [abs(weight - prior[d]) < _SAME_WEIGHT for d, weight in at.items() if d in prior]
+        return "the natural mixture" if all(known) else "the mean of the runs"
 
     @property
     def compared(self) -> list[MixtureResult]:
