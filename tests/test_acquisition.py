@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from regmix_bench.replay import measure, plans, records
 
-from regmix.decision.acquisition import (
+from regmix.decision.active.acquisition import (
     RULES,
     Candidates,
     choose,
@@ -17,9 +17,9 @@ from regmix.decision.acquisition import (
     importance,
     num_explored,
 )
+from regmix.decision.active.outlook import Outlook, look
+from regmix.decision.active.replay import ReplayPlan, replay
 from regmix.decision.objective import Objective, make_objective
-from regmix.decision.outlook import Outlook, look
-from regmix.decision.replay import ReplayPlan, replay
 from regmix.decision.runs import NamedArray, Runs
 from regmix.errors import ConfigError, LossTableError, MixtureError
 

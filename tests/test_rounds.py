@@ -18,9 +18,9 @@ from regmix.cli import mixtures as mixtures_command
 from regmix.cli import proxies as proxies_command
 from regmix.data.mixtures import MixtureTable
 from regmix.data.shards import ShardSet
-from regmix.decision import rounds
-from regmix.decision.proposals import ProposalRequest, propose
-from regmix.decision.rounds import add_round, read_rounds, told, train_in_rounds
+from regmix.decision.active import rounds
+from regmix.decision.active.proposals import ProposalRequest, propose
+from regmix.decision.active.rounds import add_round, read_rounds, told, train_in_rounds
 from regmix.errors import ConfigError, ConstraintError, LossTableError, StudyError
 from regmix.study import Study, Training
 from regmix.swarm.drawing import SwarmRequest, make_study

@@ -13,7 +13,7 @@ from regmix.data.mixtures import MixtureTable
 from regmix.data.shards import ShardSet
 from regmix.decision.objective import make_objective
 from regmix.decision.runs import NamedArray, Runs
-from regmix.decision.trajectories import (
+from regmix.decision.schedules.trajectories import (
     Trajectories,
     best_spearman,
     early_enough,

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
+from regmix.decision.baselines import Baseline
 from regmix.decision.calibration import coverage, widening
 from regmix.decision.constraints import make_constraints
+from regmix.decision.guard import make_guard
 from regmix.decision.noise import noise_floor, objective_noise, replicate_groups
 from regmix.decision.objective import make_objective
 from regmix.decision.predictor import Predictor
@@ -123,6 +125,21 @@ def test_a_bad_optimum_has_a_large_shortfall_and_a_good_one_a_small(fitted: Surr
     assert found[0].shortfall_nats > 0.2 > 0.05 > found[1].shortfall_nats
     assert found[0].better[0] == 0
     assert found[1].better[0] == 1
+
+
+def test_a_tight_guard_leaves_rivals_and_does_not_make_the_optimum_certain(
+    fitted: Surrogate,
+) -> None:
+    target = make_objective(0, fitted.targets)
+    limits = make_constraints(fitted.domains)
+    optimum = np.array([0.5, 0.5, 0.0, 0.0])
+    guard = make_guard(fitted, Baseline("optimum", optimum), 0.01)
+    predictor = Predictor(fitted, target, guard=guard)
+    found = sureness(predictor, fitted, limits, optimum, [np.full(4, 0.25)])
+    assert np.ptp(found.weights, axis=1).max() > 0.01
+    assert found.shortfall_nats > 0
+    free = sureness(Predictor(fitted, target), fitted, limits, optimum, [np.full(4, 0.25)])
+    assert np.ptp(found.weights, axis=1).sum() < 0.5 * np.ptp(free.weights, axis=1).sum()
 
 
 def test_sureness_repeats_itself(fitted: Surrogate) -> None:

@@ -16,9 +16,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from regmix.decision.acquisition import DEFAULT_EXPLORE, DEFAULT_RULE, RULES
+from regmix.decision.active.acquisition import DEFAULT_EXPLORE, DEFAULT_RULE, RULES
+from regmix.decision.active.replay import ReplayPlan, ReplayPoint, replay
 from regmix.decision.objective import Objective, make_objective
-from regmix.decision.replay import ReplayPlan, ReplayPoint, replay
 from regmix.decision.runs import Runs, read_runs
 from regmix_bench.harness import Record, append, table
 

@@ -19,7 +19,7 @@ def early_record(
     study: Study | None, runs: Runs, objective: Objective, seed: int
 ) -> dict[str, Any] | None:
     """Return how early is enough; None where the study keeps no losses along the way."""
-    from regmix.decision.trajectories import early_enough, num_judged, read_trajectories
+    from regmix.decision.schedules.trajectories import early_enough, num_judged, read_trajectories
     from regmix.display import Progress
 
     if study is None or not study.trajectories_path.is_file():

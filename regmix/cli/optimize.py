@@ -124,6 +124,7 @@ def command(
     from regmix.decision.reuse import groups_of, optimize_frozen, reduce_runs, reused_baseline
     from regmix.decision.runs import read_runs
     from regmix.decision.surrogate import fit
+    from regmix.decision.tradeoffs import tradeoffs_of, write_tradeoffs
     from regmix.errors import ConfigError
 
     if guard_tolerance is not None and guard is None:
@@ -183,6 +184,8 @@ def command(
     if path is not None:
         with opened.lock() if opened else contextlib.nullcontext():
             write_optimum(path, best, model, plan)
+            if len(model.targets) > 1:
+                write_tradeoffs(path, tradeoffs_of(best, model, groups))
             if plan is not None:
                 write_plan(path, plan)
     if as_json:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from regmix.decision.proposals import ProposalRequest
-    from regmix.decision.rounds import Round
+    from regmix.decision.active.proposals import ProposalRequest
+    from regmix.decision.active.rounds import Round
     from regmix.study import Study
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -45,8 +45,8 @@ def request_of(
 ) -> ProposalRequest:
     """Return what is asked for; `ConfigError` for an unknown rule."""
     from regmix.cli.words import parse_count
-    from regmix.decision.acquisition import DEFAULT_RULE
-    from regmix.decision.proposals import ProposalRequest
+    from regmix.decision.active.acquisition import DEFAULT_RULE
+    from regmix.decision.active.proposals import ProposalRequest
 
     return ProposalRequest(
         num=num,
@@ -59,7 +59,7 @@ def request_of(
 
 def propose_round(study: Study, request: ProposalRequest, *, as_json: bool) -> Round:
     """Add a round to the study and say what it is."""
-    from regmix.decision.rounds import add_round
+    from regmix.decision.active.rounds import add_round
 
     made = add_round(study, request)
     show_round(made, as_json=as_json)
@@ -68,7 +68,7 @@ def propose_round(study: Study, request: ProposalRequest, *, as_json: bool) -> R
 
 def show_round(made: Round, *, as_json: bool) -> None:
     """Say what a round is; beside JSON on stderr."""
-    from regmix.decision.rounds import told
+    from regmix.decision.active.rounds import told
 
     for line in told(made):
         click.echo(line, err=as_json)

@@ -74,7 +74,7 @@ def command(
       regmix-fast proxies study --rounds 5 --per-round 8
     """
     from regmix.cli.proposing import request_of, show_round
-    from regmix.decision.rounds import read_rounds, train_in_rounds
+    from regmix.decision.active.rounds import read_rounds, train_in_rounds
     from regmix.errors import RegmixError
     from regmix.study import Study, find_study
     from regmix.swarm.sweep import SweepOptions

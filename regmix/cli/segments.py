@@ -13,7 +13,7 @@ import click
 
 if TYPE_CHECKING:
     from regmix.decision.objective import ObjectiveLike
-    from regmix.decision.segments import SegmentPlan
+    from regmix.decision.schedules.plan import SegmentPlan
     from regmix.study import Study
 
 
@@ -50,11 +50,11 @@ def plan_for(
 ) -> SegmentPlan:
     """Return the plan of a study's proxies; bounds hold in every segment, epochs over the run."""
     from regmix.decision.constraints import make_constraints
-    from regmix.decision.histories import read_histories
     from regmix.decision.objective import make_objective
-    from regmix.decision.segments import plan_segments
-    from regmix.decision.trajectories import read_trajectories
-    from regmix.decision.transitions import NUM_FITS
+    from regmix.decision.schedules.histories import read_histories
+    from regmix.decision.schedules.plan import plan_segments
+    from regmix.decision.schedules.trajectories import read_trajectories
+    from regmix.decision.schedules.transitions import NUM_FITS
     from regmix.display import Progress
 
     trajectories = read_trajectories(study)

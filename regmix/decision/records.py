@@ -23,7 +23,7 @@ from regmix.decision.objective import Objective
 from regmix.decision.optimum import Optimum
 from regmix.decision.regressors.gp import GPModel
 from regmix.decision.runs import Runs
-from regmix.decision.segments import SegmentPlan
+from regmix.decision.schedules.plan import SegmentPlan
 from regmix.decision.surrogate import Surrogate
 from regmix.decision.validation import Score, score
 from regmix.files import atomic_open, write_json

@@ -16,6 +16,8 @@ _CONCENTRATIONS = (8.0, 30.0, 120.0, 500.0)
 _TRACE = 0.005
 # Share of the traces that are kept: optima have few domains, so rivals must have few too.
 _KEPT = 0.3
+# The least share of its way that a mixture keeps when it is pulled towards another.
+_LEAST_LEFT = 0.02
 
 
 def around(
@@ -30,3 +32,13 @@ def around(
     total = drawn.sum(1)
     drawn = drawn[total > 0] / total[total > 0, None]
     return limits.moved_inside(drawn)
+
+
+def pulled(weights: np.ndarray, towards: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return mixtures [N, D] moved most or little of their way to some of `towards` [S, D].
+
+    A tight guard refuses all but the neighbours of what it allows.
+    """
+    share = _LEAST_LEFT ** rng.random((len(weights), 1))
+    anchors = towards[rng.integers(len(towards), size=len(weights))]
+    return np.asarray(share * weights + (1 - share) * anchors)

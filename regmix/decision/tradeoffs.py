@@ -23,7 +23,7 @@ from regmix.decision.constraints import Constraints
 from regmix.decision.guard import SLACK_NATS, Guard
 from regmix.decision.objective import Objective
 from regmix.decision.optimum import Optimum
-from regmix.decision.rivals import around
+from regmix.decision.rivals import around, pulled
 from regmix.decision.surrogate import Surrogate
 from regmix.decision.uncertainty import draw_surfaces, tails
 from regmix.errors import ConfigError
@@ -38,8 +38,6 @@ _MOST_ON_FRONTS = 450
 _NUM_SURFACES = 200
 # How often mixtures near the best so far are added.
 _ROUNDS = 3
-# Under a guard a mixture keeps this share or more of its distance from one that is allowed.
-_LEAST_LEFT = 0.01
 # What a stored weight and a stored loss of a point are rounded to: a plot shows no more.
 _WEIGHT_DIGITS, _LOSS_DIGITS = 4, 5
 
@@ -258,21 +256,11 @@ def _judged(
             parts.append(_between(weights[front], weights[liked], share - share // 2, rng))
         fresh = np.concatenate(parts)
         if guard is not None:
-            fresh = _pulled(fresh, weights[allowed], rng)
+            fresh = pulled(fresh, weights[allowed], rng)
         weights = np.concatenate([weights, fresh])
         losses = np.concatenate([losses, model.mean(fresh)])
     allowed = _allowed(losses, guard)
     return weights[allowed], losses[allowed], len(weights)
-
-
-def _pulled(weights: np.ndarray, towards: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return mixtures [N, D] moved most or little of their way to some that the guard allows.
-
-    A tight guard refuses all but their neighbours.
-    """
-    share = _LEAST_LEFT ** rng.random((len(weights), 1))
-    anchors = towards[rng.integers(len(towards), size=len(weights))]
-    return np.asarray(share * weights + (1 - share) * anchors)
 
 
 def _allowed(losses: np.ndarray, guard: Guard | None) -> np.ndarray:

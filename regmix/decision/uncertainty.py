@@ -23,7 +23,7 @@ from regmix.decision.objective import Objective
 from regmix.decision.parallel import in_threads
 from regmix.decision.predictor import Predictor
 from regmix.decision.regressors.gp import GPModel, untrained
-from regmix.decision.rivals import around
+from regmix.decision.rivals import around, pulled
 from regmix.decision.surrogate import Surrogate
 
 NUM_DRAWS = 400
@@ -173,10 +173,10 @@ def sureness(
     """
     rng = np.random.default_rng(seed)
     known = np.stack([optimum, *baselines])
-    first = _allowed(predictor, around(known, NUM_RIVALS, limits, rng))
+    first = _allowed(predictor, around(known, NUM_RIVALS, limits, rng), optimum[None], rng)
     values = _values(predictor, model, np.concatenate([optimum[None], first]), NUM_DRAWS // 4, seed)
     liked = np.concatenate([optimum[None], first])[np.unique(values.argmin(1))]
-    second = _allowed(predictor, around(liked, NUM_RIVALS, limits, rng))
+    second = _allowed(predictor, around(liked, NUM_RIVALS, limits, rng), liked, rng)
     rivals = np.concatenate([optimum[None], first, second])
     values = _values(predictor, model, np.concatenate([rivals, known[1:]]), NUM_DRAWS, seed + 1)
     ours, others = values[:, : len(rivals)], values[:, len(rivals) :]
@@ -190,8 +190,20 @@ def sureness(
     )
 
 
-def _allowed(predictor: Predictor, weights: np.ndarray) -> np.ndarray:
-    return weights if predictor.guard is None else weights[predictor.judge(weights)[1] == 0]
+def _allowed(
+    predictor: Predictor, weights: np.ndarray, towards: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """Return the mixtures that the guard allows, the others first pulled towards some that it does.
+
+    A tight guard refuses nearly all: without the pull no rival would be left, and the optimum
+    would look certain.
+    """
+    if predictor.guard is None:
+        return weights
+    refused = predictor.judge(weights)[1] > 0
+    moved = pulled(weights[refused], towards, rng)
+    kept = moved[predictor.judge(moved)[1] == 0] if len(moved) else moved
+    return np.concatenate([weights[~refused], kept])
 
 
 def _values(

@@ -32,45 +32,18 @@ def weight_intervals(
     limits: bounds on a weight, by epochs or by themselves, where there are any.
     """
     rows = {domain: place for place, domain in enumerate(domains)}
-    drawn = [domain for domain in domains if domain in intervals]
-    low = [intervals[domain][0] for domain in drawn]
-    high = [intervals[domain][1] for domain in drawn]
-    own = [weights.get(domain, 0.0) for domain in drawn]
     data: list[dict[str, Any]] = []
     if observed:
         data.append(_observed(rows, observed))
     data += [
-        {
-            "type": "scatter",
-            "mode": "markers",
-            "name": "optimum, 90% interval",
-            "x": [math.sqrt(weight) for weight in own],
-            "y": [rows[domain] for domain in drawn],
-            "marker": {"color": "@optimum", "size": 12, "symbol": "diamond"},
-            "error_x": {
-                "type": "data",
-                "symmetric": False,
-                "array": [_root(h) - _root(w) for h, w in zip(high, own, strict=True)],
-                "arrayminus": [_root(w) - _root(b) for b, w in zip(low, own, strict=True)],
-                "color": "@optimum",
-                "thickness": 2.5,
-                "width": 5,
-            },
-            "text": [
-                f"{label(domain)}: {weights.get(domain, 0.0):.2%}, 90% interval "
-                f"{percent_span(intervals[domain])}"
-                for domain in drawn
-            ],
-            "hovertemplate": "%{text}<extra></extra>",
-        },
+        _optimum_points(rows, weights, intervals),
         ticks("natural", domains, natural, "@natural"),
     ]
     bounded = [d for d in domains if d in limits and (limits[d][1] < 1 or limits[d][0] > 0)]
     if bounded:
         data.append(_limits(rows, bounded, limits))
-    highest = max(
-        [*high, *own, *natural.values(), *(pair[1] for pair in observed.values()), 0.01],
-    )
+    ends = (*intervals.values(), *observed.values())
+    highest = max([*weights.values(), *natural.values(), *(end[1] for end in ends), 0.01])
     layout = {
         "xaxis": shares_axis(min(highest, 1.0))
         | {"title": {"text": "share of training tokens (square-root scale)"}},
@@ -88,6 +61,36 @@ def weight_intervals(
         height=row_height(len(domains), 30),
         variants={"": {"data": data, "layout": layout}},
     )
+
+
+def _optimum_points(
+    rows: Mapping[str, int], weights: Mapping[str, float], intervals: Mapping[str, Interval]
+) -> dict[str, Any]:
+    drawn = [domain for domain in rows if domain in intervals]
+    own = [weights.get(domain, 0.0) for domain in drawn]
+    ends = [intervals[domain] for domain in drawn]
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": "optimum, 90% interval",
+        "x": [_root(weight) for weight in own],
+        "y": [rows[domain] for domain in drawn],
+        "marker": {"color": "@optimum", "size": 12, "symbol": "diamond"},
+        "error_x": {
+            "type": "data",
+            "symmetric": False,
+            "array": [_root(end[1]) - _root(w) for end, w in zip(ends, own, strict=True)],
+            "arrayminus": [_root(w) - _root(end[0]) for end, w in zip(ends, own, strict=True)],
+            "color": "@optimum",
+            "thickness": 2.5,
+            "width": 5,
+        },
+        "text": [
+            f"{label(domain)}: {weight:.2%}, 90% interval {percent_span(intervals[domain])}"
+            for domain, weight in zip(drawn, own, strict=True)
+        ],
+        "hovertemplate": "%{text}<extra></extra>",
+    }
 
 
 def _root(share: float) -> float:

@@ -134,18 +134,7 @@ def learning_curve(curve: LearningCurve) -> Chart:
     numbers = list(runs)
     if curve.exponent is not None and curve.exponent > 0:
         numbers.append(2 * last.num_runs)
-        shown.append(
-            {
-                "type": "scatter",
-                "mode": "lines+markers",
-                "name": "extrapolated",
-                "x": [last.num_runs, numbers[-1]],
-                "y": [last.rmse_nats, last.rmse_nats * 2**-curve.exponent],
-                "line": {"color": "@natural", "width": 2, "dash": "dash"},
-                "marker": {"color": "@natural", "size": 8, "symbol": "circle-open"},
-                "hovertemplate": "%{x} proxies: about %{y:.4f} nats<extra></extra>",
-            }
-        )
+        shown.append(_extrapolated(last, curve.exponent))
     error = {
         "data": shown,
         "layout": {
@@ -171,6 +160,19 @@ def learning_curve(curve: LearningCurve) -> Chart:
             },
         }
     return Chart(identity="learning", height=380, variants=variants)
+
+
+def _extrapolated(last: CurvePoint, exponent: float) -> dict[str, Any]:
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": "extrapolated",
+        "x": [last.num_runs, 2 * last.num_runs],
+        "y": [last.rmse_nats, last.rmse_nats * 2**-exponent],
+        "line": {"color": "@natural", "width": 2, "dash": "dash"},
+        "marker": {"color": "@natural", "size": 8, "symbol": "circle-open"},
+        "hovertemplate": "%{x} proxies: about %{y:.4f} nats<extra></extra>",
+    }
 
 
 def _edge(point: CurvePoint, sign: int) -> float:

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from regmix.data.mixtures import MixtureTable
-from regmix.decision.acquisition import find_rule
-from regmix.decision.outlook import check_enough_to_look
-from regmix.decision.proposals import ProposalRequest, Proposals, propose
+from regmix.decision.active.acquisition import find_rule
+from regmix.decision.active.outlook import check_enough_to_look
+from regmix.decision.active.proposals import ProposalRequest, Proposals, propose
 from regmix.errors import StudyError
 from regmix.files import read_table, write_json
 from regmix.study import Study

@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from regmix.decision.calibration import widening
-from regmix.decision.histories import Histories
 from regmix.decision.regressors.gp import GaussianProcess, GPModel
+from regmix.decision.schedules.histories import Histories
 from regmix.decision.validation import fold_of_runs
 
 _FOLDS = 5

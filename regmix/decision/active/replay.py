@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from regmix.decision.acquisition import (
+from regmix.decision.active.acquisition import (
     BEST_SHARE,
     DEFAULT_EXPLORE,
     DEFAULT_RULE,
@@ -21,8 +21,8 @@ from regmix.decision.acquisition import (
     find_rule,
     num_explored,
 )
+from regmix.decision.active.outlook import Outlook, look
 from regmix.decision.objective import Objective
-from regmix.decision.outlook import Outlook, look
 from regmix.decision.validation import spearman
 from regmix.errors import ConfigError
 

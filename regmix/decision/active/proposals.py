@@ -25,7 +25,7 @@ import numpy as np
 
 from regmix.data.draws import BoundedOptions, RegmixOptions, drop_small
 from regmix.data.mixtures import MixtureTable
-from regmix.decision.acquisition import (
+from regmix.decision.active.acquisition import (
     BEST_SHARE,
     DEFAULT_EXPLORE,
     DEFAULT_RULE,
@@ -33,9 +33,9 @@ from regmix.decision.acquisition import (
     find_rule,
     num_explored,
 )
+from regmix.decision.active.outlook import Outlook, look
 from regmix.decision.constraints import Constraints, make_constraints
 from regmix.decision.objective import make_objective
-from regmix.decision.outlook import Outlook, look
 from regmix.decision.reuse import reduce_runs
 from regmix.decision.runs import read_runs
 from regmix.errors import ConfigError, MixtureError, StudyError

@@ -15,7 +15,7 @@ import numpy as np
 
 from regmix.data.mixtures import MixtureTable
 from regmix.data.schedules import ScheduleTable, bounds_of, mean_between
-from regmix.decision.trajectories import Trajectories
+from regmix.decision.schedules.trajectories import Trajectories
 from regmix.errors import ConfigError, LossTableError
 from regmix.study import Study
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from regmix.decision.acquisition import Candidates, importance
+from regmix.decision.active.acquisition import Candidates, importance
 from regmix.decision.blend import LAW, LAW_SHARES, SMOOTH, sum_of
 from regmix.decision.objective import Objective
 from regmix.decision.regressors.gp import GPModel
