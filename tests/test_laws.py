@@ -208,3 +208,14 @@ def test_domains_that_are_absent_or_alone_do_no_harm(law: Law, num_domains: int)
     assert np.abs(mean - losses.mean()).max() < 0.1
     assert np.isfinite(sd).all()
     assert np.isfinite(model.draws(5, 0)).all()
+
+
+def test_exchange_rates_of_losses_of_very_different_size_can_be_drawn() -> None:
+    rng = np.random.default_rng(0)
+    weights, rates = rng.dirichlet(np.ones(5), 40), rng.gamma(0.5, 1, (3, 5))
+    losses = 2 + 1.2 * (0.1 + weights @ rates.T) ** -0.3 + rng.normal(0, 0.01, (40, 3))
+    model = LawRegressor(law=PowerLaw()).fit(weights, losses * [1e-3, 1.0, 1e4])
+    found = exchange_rates(model.draws(400, 0))
+    assert np.isfinite(found).all()
+    assert found.min() >= 0
+    assert found.max() == 1

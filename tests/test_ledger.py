@@ -47,6 +47,12 @@ def test_a_stack_comes_back_as_it_was_stored(tmp_path: Path, tiny_training: Trai
         assert [row.state for row in ledger.proxies()] == ["pending", "pending"]
 
 
+def test_a_stack_stored_before_checksums_were_is_read(tiny_training: Training) -> None:
+    table = job_of(tiny_training, "stack-0000", (1,)).to_table()
+    del table["shards_checksum"]
+    assert StackJob.from_table(table).shards_checksum == ""
+
+
 def test_losses_are_exported_to_the_last_bit(tmp_path: Path, tiny_training: Training) -> None:
     job = job_of(tiny_training, "one", (7, 2))
     value = 0.1 + 0.2

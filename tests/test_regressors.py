@@ -187,11 +187,11 @@ def test_replicates_of_a_mixture_share_their_fold() -> None:
     assert np.array_equal(fold_of_mixtures(draws(43), 5), fold_of_runs(43, 5))
 
 
-@pytest.mark.parametrize(("distinct", "how"), [(116, "leave-one-out"), (60, "5-fold")])
+@pytest.mark.parametrize(("distinct", "how"), [(174, "leave-one-out"), (90, "5-fold")])
 def test_many_replicates_are_held_out_together(distinct: int, how: str) -> None:
-    weights = draws(120)
-    weights[distinct:] = weights[: 120 - distinct]
-    losses = law(weights) + np.random.default_rng(0).normal(0, 0.1, (120, 2))
+    weights = draws(180)
+    weights[distinct:] = weights[: 180 - distinct]
+    losses = law(weights) + np.random.default_rng(0).normal(0, 0.1, (180, 2))
     linear = Linear()
     found = hold_out(linear, linear.fit(weights, losses), weights, losses, seed=0)
     assert found.how.startswith(how)

@@ -236,7 +236,13 @@ def draw(
     left, right = figure.subplots(1, 2, sharey=True)
     for row, name in enumerate(names):
         interval = foreseen[name].loss
-        left.plot([interval.low, interval.high], [row, row], color="#9db7da", linewidth=9)
+        left.plot(
+            [interval.low, interval.high],
+            [row, row],
+            color="#9db7da",
+            linewidth=9,
+            solid_capstyle="butt",
+        )
         left.plot(interval.mean, row, "|", color="#1f3f73", markersize=14)
         left.scatter(proxies[name], [row] * SEEDS, s=18, color="#d1663a", zorder=3)
         seeds = finals[name]

@@ -69,6 +69,7 @@ def command(
           --target pile_cc
     """
     import contextlib
+    import shlex
 
     from regmix.cli.decide import natural_of, open_source, wanted_objective
     from regmix.cli.early import early_record
@@ -109,8 +110,13 @@ def command(
     _show(record, runs)
     if folder is not None:
         click.echo(f"Written: {folder / 'fit.json'}, {folder / 'predictions.csv'}")
-    tables = f"--mixtures {mixtures_path} --losses {losses_path} --out optimum.yaml"
-    click.echo(f"Next: regmix-fast optimize {(study or '') if opened else tables}".rstrip())
+    told = [study] if study else []
+    if not opened:
+        told = ["--mixtures", str(mixtures_path), "--losses", str(losses_path)]
+        told += ["--out", "optimum.yaml", "--regressor", regressor, "--seed", str(seed)]
+    if objective or targets:
+        told += ["--objective", objective or ",".join(targets)]
+    click.echo(f"Next: regmix-fast optimize {shlex.join(told)}".rstrip())
 
 
 def _curve(model: Surrogate, objective: Objective) -> LearningCurve:

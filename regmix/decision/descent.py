@@ -11,12 +11,14 @@ target and the guard's excess are the smooth problem: minimise t where no loss i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
 from regmix.decision.constraints import Constraints
+from regmix.decision.parallel import one_thread
 from regmix.decision.predictor import Predictor
 
 Aim = Literal["value", "excess"]
@@ -24,7 +26,8 @@ Aim = Literal["value", "excess"]
 _FLOOR, _START_FLOOR = 1e-6, 1e-4
 # The guard is kept with this to spare, so that rounding does not break it.
 _SPARE_NATS = 1e-7
-_MOST_STEPS, _PRECISION = 100, 1e-10
+_PRECISION_NATS = 1e-9
+MOST_STEPS = 100
 
 
 @dataclass(eq=False)
@@ -33,21 +36,28 @@ class _Problem:
 
     predictor: Predictor
     aim: Aim
-    _place: bytes = b""
-    _known: tuple[np.ndarray, np.ndarray] = field(default=(np.empty(0), np.empty(0)))
+    _known: dict[str, tuple[bytes, np.ndarray]] = field(default_factory=dict)
 
     @property
     def is_epigraph(self) -> bool:
         return self.aim == "excess" or self.predictor.objective.worst
 
-    def at(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return losses [U] and slopes [U, D] by q; the last place is remembered."""
-        roots = x[:-1]
-        place = roots.tobytes()
-        if place != self._place:
-            losses, slopes = self.predictor.at(roots * roots)
-            self._place, self._known = place, (losses, slopes * (2 * roots))
-        return self._known
+    def losses(self, x: np.ndarray) -> np.ndarray:
+        """Return the losses [U]."""
+        return self._remembered("losses", x, lambda p: self.predictor.losses(p[None])[0])
+
+    def slopes(self, x: np.ndarray) -> np.ndarray:
+        """Return the slopes [U, D] of the losses by q."""
+        return self._remembered("slopes", x, self.predictor.slopes) * (2 * x[:-1])
+
+    def _remembered(
+        self, what: str, x: np.ndarray, judge: Callable[[np.ndarray], np.ndarray]
+    ) -> np.ndarray:
+        """Return judge(p); the last place is remembered, since every function asks for it."""
+        place = x[:-1].tobytes()
+        if self._known.get(what, (b"",))[0] != place:
+            self._known[what] = place, judge(x[:-1] ** 2)
+        return self._known[what][1]
 
     def value(self, x: np.ndarray) -> float:
         if self.aim == "excess":
@@ -57,7 +67,7 @@ class _Problem:
         added = 0.0 if penalty is None else float(penalty.value(weights)[0])
         if self.is_epigraph:
             return float(x[-1]) + added
-        return float(self.predictor.value_of(self.at(x)[0][None], weights)[0])
+        return float(self.predictor.value_of(self.losses(x)[None], weights)[0])
 
     def slope(self, x: np.ndarray) -> np.ndarray:
         slope = np.zeros(len(x))
@@ -65,7 +75,7 @@ class _Problem:
         if self.is_epigraph:
             slope[-1] = 1.0
         else:
-            slope[:-1] = self.predictor.objective.shares @ self.at(x)[1][self.predictor.places]
+            slope[:-1] = self.predictor.objective.shares @ self.slopes(x)[self.predictor.places]
         if penalty is not None and self.aim == "value":
             slope[:-1] += 2 * roots * penalty.slope(roots * roots)
         return slope
@@ -95,9 +105,9 @@ class _Problem:
             found.append(
                 {
                     "type": "ineq",
-                    "fun": lambda x, r=rows, c=ceiling, t=raised: c + t * x[-1] - self.at(x)[0][r],
+                    "fun": lambda x, r=rows, c=ceiling, t=raised: c + t * x[-1] - self.losses(x)[r],
                     "jac": lambda x, r=rows, t=raised: np.hstack(
-                        [-self.at(x)[1][r], np.full((len(r), 1), t)]
+                        [-self.slopes(x)[r], np.full((len(r), 1), t)]
                     ),
                 }
             )
@@ -105,7 +115,11 @@ class _Problem:
 
 
 def descend(
-    predictor: Predictor, limits: Constraints, start: np.ndarray, aim: Aim = "value"
+    predictor: Predictor,
+    limits: Constraints,
+    start: np.ndarray,
+    aim: Aim = "value",
+    most_steps: int = MOST_STEPS,
 ) -> np.ndarray:
     """Return a local minimum [D] of the value, or of the guard's excess, near `start` [D]."""
     from scipy.optimize import minimize
@@ -116,20 +130,22 @@ def descend(
     roots = np.clip(np.sqrt(inside[0] if len(inside) else start), low, high)
     problem = _Problem(predictor, aim)
     first = np.append(roots, 0.0)
-    losses = problem.at(first)[0]
+    losses = problem.losses(first)
     gaps = [
         (losses[rows] - ceiling).max() for rows, ceiling, raised in problem.ceilings() if raised
     ]
     first[-1] = max(gaps, default=0.0)
-    found = minimize(
-        problem.value,
-        first,
-        jac=problem.slope,
-        method="SLSQP",
-        bounds=[*zip(low, high, strict=True), (None, None) if gaps else (0.0, 0.0)],
-        constraints=problem.constraints(),
-        options={"maxiter": _MOST_STEPS, "ftol": _PRECISION},
-    )
+    # A step solves for 17 or so unknowns: threads would cost more than they save.
+    with one_thread():
+        found = minimize(
+            problem.value,
+            first,
+            jac=problem.slope,
+            method="SLSQP",
+            bounds=[*zip(low, high, strict=True), (None, None) if gaps else (0.0, 0.0)],
+            constraints=problem.constraints(),
+            options={"maxiter": most_steps, "ftol": _PRECISION_NATS},
+        )
     weights = np.clip(found.x[:-1] ** 2, limits.lower, limits.upper)
     if not np.isfinite(weights).all():
         return start

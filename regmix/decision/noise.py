@@ -14,6 +14,7 @@ from regmix.decision.objective import Objective
 from regmix.decision.regressors.gp import GPModel
 from regmix.decision.runs import replicate_groups
 from regmix.decision.surrogate import Surrogate
+from regmix.decision.uncertainty import target_correlation
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +56,7 @@ def noise_floor(model: Surrogate) -> Noise | None:
 def objective_noise(model: Surrogate, objective: Objective) -> float | None:
     """Return the standard deviation of the objective between seeds [nats], where it is known.
 
-    Replicates give it directly; otherwise targets count as independent.
+    Replicates give it directly; otherwise targets go together as their held-out errors do.
     """
     groups = replicate_groups(model.weights)
     if groups:
@@ -64,7 +65,10 @@ def objective_noise(model: Surrogate, objective: Objective) -> float | None:
     if noise is None:
         return None
     own = noise.sd[list(objective.columns)]
-    return float(own.max() if objective.worst else np.sqrt(((objective.shares * own) ** 2).sum()))
+    if objective.worst:
+        return float(own.max())
+    weighted = objective.shares * own
+    return float(np.sqrt(weighted @ target_correlation(model, objective.columns) @ weighted))
 
 
 def _between_replicates(losses: np.ndarray, groups: tuple[tuple[int, ...], ...]) -> Noise:

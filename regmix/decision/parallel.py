@@ -5,9 +5,10 @@ Enters: a function and its arguments. Leaves: the results in order. Each piece r
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -24,11 +25,18 @@ def in_threads(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Re
 
     Linear algebra is held to one thread meanwhile: its own threads change the order of sums.
     """
-    with _libraries(len(sys.modules)).limit(limits=1):
+    with one_thread():
         if len(items) < 2:
             return [work(item) for item in items]
         with ThreadPoolExecutor(min(available_cores(), _MOST_THREADS, len(items))) as pool:
             return list(pool.map(work, items))
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Hold linear algebra to one thread; for libraries that are loaded already."""
+    with _libraries(len(sys.modules)).limit(limits=1):
+        yield
 
 
 @functools.lru_cache(maxsize=1)

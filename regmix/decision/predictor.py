@@ -65,14 +65,13 @@ class Predictor:
         losses = self.losses(weights)
         return self.value_of(losses, weights), self.excess_of(losses)
 
-    def at(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return losses [U] and their slopes [U, D] at one mixture [D]; only where `is_smooth`."""
-        one = weights[None]
-        slopes = [
-            member.share * member.model.gradient(one)[0]  # type: ignore[attr-defined]
+    def slopes(self, weights: np.ndarray) -> np.ndarray:
+        """Return the slopes [U, D] of the losses at one mixture [D]; only where `is_smooth`."""
+        parts = [
+            member.share * member.model.gradient(weights[None])[0]  # type: ignore[attr-defined]
             for member in self._used
         ]
-        return self.losses(one)[0], np.sum(slopes, axis=0)
+        return np.sum(parts, axis=0)
 
     def _penalised(self, values: np.ndarray, weights: np.ndarray) -> np.ndarray:
         return values if self.penalty is None else values + self.penalty.value(weights)

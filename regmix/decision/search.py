@@ -22,7 +22,9 @@ from regmix.decision.simulation import NUM_AVERAGED, NUM_DRAWS, Drawn, draw
 
 # Starts that are followed: gradients are cheap, exchanges take up to a second of trees each.
 _DESCENTS, _EXCHANGES = 6, 2
-# Draws among the starts, no two nearer than this in any weight.
+# Steps of every descent; the best one goes on until it ends.
+_FIRST_STEPS = 30
+# Draws among the starts; no two starts are nearer than this in every weight.
 _DRAWS_FOLLOWED, _APART = 4, 0.05
 # Weights below it are specks that the gradient search leaves where a domain does not pay.
 _NEGLIGIBLE = 1e-5
@@ -78,15 +80,24 @@ def search(
     simulated = _simulated(predictor, limits, drawn, anchors)
     if method == "simulate":
         return simulated
-    candidates = [simulated.weights, *_apart(drawn.draws), *anchors]
+    candidates = [simulated.weights, *_apart(drawn.draws, _DRAWS_FOLLOWED), *anchors]
     pool = _Pool.of(predictor, limits, np.stack(candidates))
     order = np.lexsort((pool.values, pool.excess))
     if predictor.is_smooth:
-        found = [descend(predictor, limits, row) for row in pool.weights[order[:_DESCENTS]]]
+        starts = np.stack(_apart(pool.weights[order], _DESCENTS))
+        found = _descended(predictor, limits, starts)
     else:
-        kept = order[pool.excess[order] == 0][:_EXCHANGES]
-        found = [exchange(predictor, limits, row) for row in pool.weights[kept]]
+        kept = pool.weights[order[pool.excess[order] == 0]]
+        found = [exchange(predictor, limits, row) for row in _apart(kept, _EXCHANGES)]
     return Found(_settled(predictor, limits, simulated.weights, np.stack(found)))
+
+
+def _descended(predictor: Predictor, limits: Constraints, starts: np.ndarray) -> list[np.ndarray]:
+    """Follow every start [S, D] for some steps, and the best of them to its end."""
+    found = [descend(predictor, limits, row, most_steps=_FIRST_STEPS) for row in starts]
+    pool = _Pool.of(predictor, limits, np.stack(found))
+    first = np.lexsort((pool.values, pool.excess))[0]
+    return [*found, descend(predictor, limits, pool.weights[first])]
 
 
 def _simulated(
@@ -111,13 +122,13 @@ def _simulated(
     return Found(_restored(predictor, limits, starts), (remark,))
 
 
-def _apart(draws: np.ndarray) -> list[np.ndarray]:
-    """Return a few of the best draws that differ, so that they may lead to different optima."""
+def _apart(rows: np.ndarray, number: int) -> list[np.ndarray]:
+    """Return the first rows [N, D] that differ, so that they may lead to different optima."""
     chosen: list[np.ndarray] = []
-    for row in draws:
+    for row in rows:
         if all(np.abs(row - other).max() > _APART for other in chosen):
             chosen.append(row)
-        if len(chosen) == _DRAWS_FOLLOWED:
+        if len(chosen) == number:
             break
     return chosen
 

@@ -169,18 +169,20 @@ def sureness(
     """Judge the optimum [D] against the baselines, and against its rivals within the limits.
 
     Rivals are looked for near the optimum and the baselines, then near those that some draw of
-    the surface likes best. The penalty and the guard of the predictor hold for them too.
+    the surface likes best. The penalty and the guard of the predictor hold for them; gains are of
+    the objective without the penalty.
     """
     rng = np.random.default_rng(seed)
     known = np.stack([optimum, *baselines])
     first = _allowed(predictor, around(known, NUM_RIVALS, limits, rng), optimum[None], rng)
-    values = _values(predictor, model, np.concatenate([optimum[None], first]), NUM_DRAWS // 4, seed)
-    liked = np.concatenate([optimum[None], first])[np.unique(values.argmin(1))]
+    first = np.concatenate([optimum[None], first])
+    values = _values(predictor, model, first, NUM_DRAWS // 4, seed)
+    liked = first[np.unique((values + _penalty(predictor, first)).argmin(1))]
     second = _allowed(predictor, around(liked, NUM_RIVALS, limits, rng), liked, rng)
-    rivals = np.concatenate([optimum[None], first, second])
+    rivals = np.concatenate([first, second])
     values = _values(predictor, model, np.concatenate([rivals, known[1:]]), NUM_DRAWS, seed + 1)
-    ours, others = values[:, : len(rivals)], values[:, len(rivals) :]
-    gains = others - ours[:, :1]
+    gains = values[:, len(rivals) :] - values[:, :1]
+    ours = values[:, : len(rivals)] + _penalty(predictor, rivals)
     low, high = np.quantile(rivals[ours.argmin(1)], tails(), axis=0)
     return Sureness(
         weights=np.stack([np.minimum(low, optimum), np.maximum(high, optimum)], axis=1),
@@ -209,8 +211,14 @@ def _allowed(
 def _values(
     predictor: Predictor, model: Surrogate, weights: np.ndarray, number: int, seed: int
 ) -> np.ndarray:
-    """Return what is minimised, drawn [S, N] for mixtures [N, D]."""
+    """Return the objective without its penalty, drawn [S, N] for mixtures [N, D]."""
     objective = predictor.objective
     surfaces = draw_surfaces(model, objective.columns, weights, number=number, seed=seed)
-    values = np.stack([objective.value(surface) for surface in surfaces])
-    return values if predictor.penalty is None else values + predictor.penalty.value(weights)
+    return np.stack([objective.value(surface) for surface in surfaces])
+
+
+def _penalty(predictor: Predictor, weights: np.ndarray) -> np.ndarray:
+    """Return the penalty [N] of mixtures, in nats: what is minimised is the objective plus it."""
+    if predictor.penalty is None:
+        return np.zeros(len(weights))
+    return predictor.penalty.value(weights)

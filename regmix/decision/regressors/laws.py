@@ -107,7 +107,9 @@ class LawModel:
     def draws(self, number: int, seed: int) -> np.ndarray:
         """Return parameters [number, M, P] as uncertain as the runs leave them."""
         rng = np.random.default_rng(seed)
-        factors = np.linalg.cholesky(self.covariance * (self.scale**2)[:, None, None])
+        # Where losses differ by orders of magnitude the matrix is definite only up to rounding.
+        values, vectors = np.linalg.eigh(self.covariance * (self.scale**2)[:, None, None])
+        factors = vectors * np.sqrt(np.maximum(values, 0))[:, None, :]
         normal = rng.standard_normal((number, *self.theta.shape))
         return np.asarray(self.theta + np.einsum("mpq,smq->smp", factors, normal))
 
@@ -227,5 +229,6 @@ class LawRegressor:
         kept = np.maximum(1 - trust * leverage, 0.05)
         held_out = (losses.T - residual / kept).T
         scale = np.sqrt(((held_out - losses) ** 2).mean(0))
-        deviation = (np.sqrt(1 + leverage) * scale[:, None]).T
+        # Without the run the others know its mixture less well.
+        deviation = (np.sqrt(1 + leverage / kept) * scale[:, None]).T
         return LawModel(self.law, theta, covariance, scale, held_out, deviation)

@@ -71,7 +71,9 @@ class Linear:
         # Weights sum to 1, so adding the mean loss to every coefficient adds it to the prediction.
         coefficients = average + inverse @ (weights.T @ (losses - average))
         leverage = np.einsum("nd,de,ne->n", weights, inverse, weights)
-        left_out = (losses - weights @ coefficients) / np.maximum(1 - leverage, 0.05)[:, None]
+        kept = np.maximum(1 - leverage, 0.05)
+        left_out = (losses - weights @ coefficients) / kept[:, None]
         scale = np.sqrt((left_out**2).mean(0))
-        deviation = np.sqrt(1 + leverage)[:, None] * scale
+        # Without the run the others know its mixture less well.
+        deviation = np.sqrt(1 + leverage / kept)[:, None] * scale
         return LinearModel(coefficients, inverse, scale, losses - left_out, deviation)

@@ -97,5 +97,5 @@ class PowerLaw:
 
 def exchange_rates(theta: np.ndarray) -> np.ndarray:
     """Return [..., D]: what a token of a domain is worth, the best domain being 1."""
-    rates = np.exp(theta[..., _W:])
-    return np.asarray(rates / rates.max(-1, keepdims=True))
+    logs = theta[..., _W:]
+    return np.asarray(np.exp(logs - logs.max(-1, keepdims=True)))
