@@ -9,7 +9,7 @@ import pytest
 
 from regmix.decision import parallel
 from regmix.decision.regressors import kernel as kernel_module
-from regmix.decision.regressors.gp import GaussianProcess, GPModel, Process, spread_out
+from regmix.decision.regressors.gp import GaussianProcess, GPModel, Process
 from regmix.decision.regressors.kernel import (
     Kernel,
     fit_kernel,
@@ -221,22 +221,6 @@ def test_gradient_at_weights_of_zero_is_finite_and_points_the_right_way() -> Non
     step = 1e-6 * (np.arange(5) == 1)
     ahead = model.mean(point + step) - model.mean(point)
     assert (np.sign(gradient[:, :, 1]) == np.sign(ahead)).all()
-
-
-def test_coarse_mean_finds_the_best_mixtures_among_many() -> None:
-    weights, many = draws(200), draws(20_000, 9)
-    model = GaussianProcess().fit(weights, noisy(weights)).select([0])
-    best = np.argsort(model.mean(many)[:, 0])[:128]
-    coarse = set(np.argsort(model.coarse_mean(many)[:, 0])[:1000].tolist())
-    assert coarse.issuperset(best.tolist())
-
-
-def test_inducing_runs_are_distinct_and_spread() -> None:
-    points = np.repeat(draws(30), 4, axis=0)
-    chosen = spread_out(points, 20)
-    assert len({row.tobytes() for row in points[chosen]}) == 20
-    every = spread_out(points, 64)
-    assert len({row.tobytes() for row in points[every]}) == len(every) == 30
 
 
 def test_bits_do_not_depend_on_the_number_of_cores(monkeypatch: pytest.MonkeyPatch) -> None:

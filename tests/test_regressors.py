@@ -105,8 +105,6 @@ def test_forest_sums_its_trees_as_lightgbm_does() -> None:
     forest = Forest.parse(booster.model_to_string())
     unseen = draws(500, 1)
     assert np.allclose(forest.predict(unseen), booster.predict(unseen), rtol=0, atol=1e-12)
-    first = booster.predict(unseen, num_iteration=5)
-    assert np.allclose(forest.predict(unseen, num_trees=5), first, rtol=0, atol=1e-12)
 
 
 def test_forest_without_a_split_predicts_the_mean() -> None:
@@ -114,15 +112,6 @@ def test_forest_without_a_split_predicts_the_mean() -> None:
     losses = law(weights)[:, :1]
     model = Trees(samples_per_leaf=20).fit(weights, losses)
     assert np.allclose(model.mean(draws(4, 1)), losses.mean(), atol=1e-6)
-
-
-def test_coarse_mean_of_trees_orders_mixtures_nearly_as_all_rounds_do() -> None:
-    weights = draws(200)
-    model = Trees().fit(weights, law(weights)[:, :1])
-    unseen = draws(500, 1)
-    rank = spearman(model.mean(unseen)[:, 0], model.coarse_mean(unseen)[:, 0])
-    assert rank is not None
-    assert rank > 0.95
 
 
 def test_folds_hold_out_every_run_from_its_own_prediction() -> None:

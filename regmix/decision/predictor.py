@@ -35,6 +35,10 @@ class Predictor:
         used = own if guard is None else tuple(range(len(model.targets)))
         self._own = model.select(own)
         self._used = self._own if used == own else model.select(used)
+        self._costly = [
+            member for member in self._used if getattr(member.model, "is_costly", False)
+        ]
+        self._cheap = [member for member in self._used if member not in self._costly]
         self.places = [used.index(column) for column in own]
         self.num_own, self.num_used = len(own), len(used)
         self.is_smooth = all(isinstance(member.model, SmoothModel) for member in self._own)
@@ -46,6 +50,21 @@ class Predictor:
     def losses(self, weights: np.ndarray) -> np.ndarray:
         """Return the predicted losses [N, U]."""
         return _mean(self._used, weights)
+
+    @property
+    def is_costly(self) -> bool:
+        """Whether judging 100,000 mixtures would take more than a second."""
+        return bool(self._costly)
+
+    def cheap_part(self, weights: np.ndarray) -> np.ndarray:
+        """Return what the cheap members add to the losses [N, U]."""
+        if not self._cheap:
+            return np.zeros((len(weights), self.num_used))
+        return _mean(self._cheap, weights)
+
+    def costly_part(self, weights: np.ndarray) -> np.ndarray:
+        """Return what the costly members add to the losses [N, U]; only where `is_costly`."""
+        return _mean(self._costly, weights)
 
     def value_of(self, losses: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """Return the values [N] of mixtures whose losses [N, U] are known."""

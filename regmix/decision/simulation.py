@@ -16,7 +16,7 @@ from regmix.decision.stand_in import StandIn
 
 NUM_DRAWS = 100_000
 NUM_AVERAGED = 128
-# Draws that are judged in full: at random to begin with, then those that a stand-in picks.
+# Draws that costly members judge in full: at random to begin with, then those that a stand-in picks.
 _SAMPLED, _PICKED, _ROUNDS = 2000, 2000, 2
 # What an error at a draw far from the best counts, in the fit of the stand-in.
 _UNIMPORTANT = 0.02
@@ -55,22 +55,26 @@ def draw(predictor: Predictor, limits: Constraints, centre: np.ndarray, seed: in
 
 
 def _judged(predictor: Predictor, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the places [S] of the draws worth judging, and their losses [S, U]."""
-    chosen = np.arange(min(_SAMPLED, len(draws)))
-    losses = predictor.losses(draws[chosen])
-    if len(draws) <= _SAMPLED + _ROUNDS * _PICKED:
-        chosen = np.arange(len(draws))
-        return chosen, np.concatenate([losses, predictor.losses(draws[len(losses) :])])
+    """Return the places [S] of the draws worth judging, and their losses [S, U].
+
+    All of them, unless a member is costly: then a stand-in for it picks them.
+    """
+    if not predictor.is_costly or len(draws) <= _SAMPLED + _ROUNDS * _PICKED:
+        return np.arange(len(draws)), predictor.losses(draws)
+    cheap = predictor.cheap_part(draws)
+    chosen = np.arange(_SAMPLED)
+    costly = predictor.costly_part(draws[chosen])
     importance = np.ones(len(chosen))
     for _ in range(_ROUNDS):
-        estimated = StandIn.fit(draws[chosen], losses, importance).losses(draws)
+        estimated = cheap + StandIn.fit(draws[chosen], costly, importance).losses(draws)
         order = _ranking(predictor, estimated, draws)
         fresh = order[np.isin(order, chosen, invert=True)][:_PICKED]
         chosen = np.concatenate([chosen, fresh])
-        losses = np.concatenate([losses, predictor.losses(draws[fresh])])
+        costly = np.concatenate([costly, predictor.costly_part(draws[fresh])])
         importance = np.full(len(chosen), _UNIMPORTANT)
-        importance[_ranking(predictor, losses, draws[chosen])[:_PICKED]] = 1.0
-    return chosen, losses
+        known = _ranking(predictor, cheap[chosen] + costly, draws[chosen])
+        importance[known[:_PICKED]] = 1.0
+    return chosen, cheap[chosen] + costly
 
 
 def _ranking(predictor: Predictor, losses: np.ndarray, draws: np.ndarray) -> np.ndarray:

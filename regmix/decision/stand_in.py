@@ -1,7 +1,7 @@
-"""A cheap stand-in for a surrogate: which of 100,000 mixtures are worth judging in full.
+"""A cheap stand-in for costly models: which of 100,000 mixtures are worth judging in full.
 
 Enters: mixtures and their predicted losses. Leaves: a quick estimate of the losses of others. It
-ranks mixtures for the search and decides nothing: what it picks is judged by the surrogate itself.
+ranks mixtures for the search and decides nothing: what it picks is judged by the models themselves.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -23,7 +24,6 @@ _FLATTEST = 1e-6
 _OFFSET = 1e-4
 # Points judged at once: 256 rows of 512 kernel values are 1 MB.
 _BLOCK = 256
-_NUM_INDUCING = 64
 _BENT = 0.5
 
 
@@ -71,40 +71,22 @@ class Feature:
 
 @dataclass(frozen=True, eq=False)
 class Process:
-    """One target's process on one feature: alpha [K] = C^-1 y and inverse [K, K] = C^-1.
-
-    inducing: rows of a few runs; beta: their coefficients in a cheap copy of the mean.
-    """
+    """One target's process on one feature: alpha [K] = C^-1 y and inverse [K, K] = C^-1."""
 
     feature: Feature
     kernel: Kernel
     alpha: np.ndarray
     inverse: np.ndarray
-    inducing: np.ndarray
-    beta: np.ndarray
 
     @classmethod
-    def of(
-        cls, feature: Feature, kernel: Kernel, target: np.ndarray, inducing: np.ndarray
-    ) -> Process:
+    def of(cls, feature: Feature, kernel: Kernel, target: np.ndarray) -> Process:
         """Condition on the standardised log losses [K] of the runs."""
         inverse = kernel.inverse(feature.rows)
-        alpha = inverse @ target
-        few = feature.rows[inducing]
-        # Least squares on the process's own mean at the runs, not on the noisy losses.
-        cross = kernel.between(feature.rows, few)
-        gram = cross.T @ cross
-        np.einsum("ii->i", gram)[:] += 1e-8 * np.trace(gram) / len(gram)
-        smooth = target - (kernel.noise + kernel.jitter) * alpha
-        return cls(feature, kernel, alpha, inverse, few, np.linalg.solve(gram, cross.T @ smooth))
+        return cls(feature, kernel, inverse @ target, inverse)
 
     def mean(self, weights: np.ndarray) -> np.ndarray:
         """Return the standardised log losses [N]."""
         return self.kernel.between(self.feature(weights), self.feature.rows) @ self.alpha
-
-    def coarse_mean(self, weights: np.ndarray) -> np.ndarray:
-        """Return an estimate of `mean` from the inducing runs."""
-        return self.kernel.between(self.feature(weights), self.inducing) @ self.beta
 
     def covariance(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         """Return the posterior covariances [N, N'] of the surface, noise left out."""
@@ -139,6 +121,9 @@ class GPModel:
     deviation, in nats; num_retries: factorisations that needed more jitter.
     """
 
+    # The search judges few of its draws by it, and the others by a stand-in.
+    is_costly: ClassVar[bool] = True
+
     processes: tuple[tuple[Process, ...], ...]
     average: np.ndarray
     spread: np.ndarray
@@ -149,10 +134,6 @@ class GPModel:
     def mean(self, weights: np.ndarray) -> np.ndarray:
         """Return the predicted losses [N, M]."""
         return self._nats(self._over_targets(weights, lambda one, x: one.mean(x)))
-
-    def coarse_mean(self, weights: np.ndarray) -> np.ndarray:
-        """Return a cheap estimate of `mean` [N, M], for ranking many points."""
-        return self._nats(self._over_targets(weights, lambda one, x: one.coarse_mean(x)))
 
     def predict(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return mean and standard deviation [N, M] of a new run's loss, noise included."""
@@ -285,12 +266,11 @@ def _condition(
     targets = (logs - average) / spread
     pairs = ((_root, _root_slope), (_fourth_root, _fourth_root_slope))
     features = [Feature.of(transform, slope, weights) for transform, slope in pairs]
-    inducing = spread_out(features[0].rows, _NUM_INDUCING)
 
     def one(place: tuple[int, int]) -> tuple[Process, int]:
         column, feature = place[0], features[place[1]]
         kernel, retries = kernel_of(place, feature, targets[:, column])
-        return Process.of(feature, kernel, targets[:, column], inducing), retries
+        return Process.of(feature, kernel, targets[:, column]), retries
 
     work = [(column, f) for column in range(losses.shape[1]) for f in range(len(features))]
     fitted = in_threads(one, work)
@@ -318,16 +298,3 @@ def _left_out(
         variance[:, column] = sum(part[1] for part in parts) / len(parts)
     predicted = np.exp(average + spread * mean)
     return predicted, predicted * spread * np.sqrt(variance)
-
-
-def spread_out(points: np.ndarray, number: int) -> np.ndarray:
-    """Return the positions of `number` distinct points [N, D] far from each other, in order.
-
-    The central one is among them; fewer are returned where no more are distinct.
-    """
-    chosen = [int(((points - points.mean(0)) ** 2).sum(1).argmin())]
-    nearest = ((points - points[chosen[0]]) ** 2).sum(1)
-    while len(chosen) < number and nearest.max() > 0:
-        chosen.append(int(nearest.argmax()))
-        nearest = np.minimum(nearest, ((points - points[chosen[-1]]) ** 2).sum(1))
-    return np.array(sorted(chosen))

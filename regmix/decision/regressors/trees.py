@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -68,8 +68,8 @@ class Forest:
             np.array(roots, dtype=np.int32),
         )
 
-    def predict(self, weights: np.ndarray, num_trees: int | None = None) -> np.ndarray:
-        """Return the sum of the first `num_trees` (None: all) trees [N] at weights [N, D]."""
+    def predict(self, weights: np.ndarray) -> np.ndarray:
+        """Return the sum of the trees [N] at weights [N, D]."""
         rows = np.ascontiguousarray(weights, dtype=np.float64)
         total = np.zeros(len(rows))
         _walk()(
@@ -79,7 +79,7 @@ class Forest:
             self.left,
             self.right,
             self.leaf,
-            self.roots[:num_trees],
+            self.roots,
             total,
         )
         return total
@@ -118,25 +118,22 @@ def _walk() -> Callable[..., None]:
 
 @dataclass(frozen=True, eq=False)
 class TreesModel:
-    """One forest per target; scale [M], the spread of the losses, and average [M], in nats."""
+    """One forest per target; scale [M], the spread of the losses in nats."""
+
+    # The search judges few of its draws by it, and the others by a stand-in.
+    is_costly: ClassVar[bool] = True
 
     forests: tuple[Forest, ...]
     scale: np.ndarray
-    average: np.ndarray
-    learning_rate: float
 
     def mean(self, weights: np.ndarray) -> np.ndarray:
         """Return the predicted losses [N, M]."""
-        return self._sum(weights, None)
-
-    def coarse_mean(self, weights: np.ndarray) -> np.ndarray:
-        """Return a tenth of the cost's estimate of `mean` [N, M]: the first tenth of the trees.
-
-        Boosting at rate r has covered 1 - (1 - r) ** trees of the way then: scaled up by that.
-        """
-        num_trees = max(1, len(self.forests[0].roots) // 10)
-        covered = 1 - (1 - self.learning_rate) ** num_trees
-        return self.average + (self._sum(weights, num_trees) - self.average) / covered
+        _walk()
+        chunks = np.array_split(weights, max(1, min(64, len(weights) // 256)))
+        work = [(forest, chunk) for forest in self.forests for chunk in chunks]
+        parts = in_threads(lambda item: item[0].predict(item[1]), work)
+        columns = [parts[k * len(chunks) : (k + 1) * len(chunks)] for k in range(len(self.forests))]
+        return np.stack([np.concatenate(column) for column in columns], axis=1)
 
     def select(self, columns: Sequence[int]) -> TreesModel:
         """Return the model of these targets only."""
@@ -144,17 +141,7 @@ class TreesModel:
         return TreesModel(
             tuple(self.forests[column] for column in chosen),
             self.scale[chosen],
-            self.average[chosen],
-            self.learning_rate,
         )
-
-    def _sum(self, weights: np.ndarray, num_trees: int | None) -> np.ndarray:
-        _walk()
-        chunks = np.array_split(weights, max(1, min(64, len(weights) // 256)))
-        work = [(forest, chunk) for forest in self.forests for chunk in chunks]
-        parts = in_threads(lambda item: item[0].predict(item[1], num_trees), work)
-        columns = [parts[k * len(chunks) : (k + 1) * len(chunks)] for k in range(len(self.forests))]
-        return np.stack([np.concatenate(column) for column in columns], axis=1)
 
     def predict(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return mean and standard deviation [N, M]; trees do not know where they are unsure.
@@ -187,7 +174,7 @@ class Trees:
         """Fit every target."""
         # Targets side by side, each on one thread: the same bits on any number of cores.
         forests = in_threads(lambda column: self._train(weights, column), list(losses.T))
-        return TreesModel(tuple(forests), losses.std(0), losses.mean(0), self.learning_rate)
+        return TreesModel(tuple(forests), losses.std(0))
 
     def _train(self, weights: np.ndarray, loss: np.ndarray) -> Forest:
         import lightgbm
