@@ -254,6 +254,14 @@ def test_noise_is_what_replicates_differ_by() -> None:
     assert objective_noise(model, mean) == pytest.approx(np.sqrt(0.02 / 4))
 
 
+def test_copies_of_a_run_are_no_replicates() -> None:
+    weights, losses = swarm(24, 5)
+    model = fit(np.concatenate([weights, weights[:4]]), np.concatenate([losses, losses[:4]]))
+    noise = noise_floor(model)
+    assert noise is not None
+    assert not noise.measured
+
+
 def test_without_replicates_the_noise_is_said_to_be_an_estimate(fitted: Surrogate) -> None:
     noise = noise_floor(fitted)
     assert noise is not None

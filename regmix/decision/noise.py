@@ -44,7 +44,7 @@ class Noise:
 
 def noise_floor(model: Surrogate) -> Noise | None:
     """Return the noise between seeds of every target; None without replicates or a process."""
-    groups = replicate_groups(model.weights)
+    groups = _replicates(model)
     if groups:
         return _between_replicates(model.losses, groups)
     member = model.member("gp")
@@ -58,7 +58,7 @@ def objective_noise(model: Surrogate, objective: Objective) -> float | None:
 
     Replicates give it directly; otherwise targets go together as their held-out errors do.
     """
-    groups = replicate_groups(model.weights)
+    groups = _replicates(model)
     if groups:
         return float(_between_replicates(objective.of_all(model.losses)[:, None], groups).sd[0])
     noise = noise_floor(model)
@@ -69,6 +69,12 @@ def objective_noise(model: Surrogate, objective: Objective) -> float | None:
         return float(own.max())
     weighted = objective.shares * own
     return float(np.sqrt(weighted @ target_correlation(model, objective.columns) @ weighted))
+
+
+def _replicates(model: Surrogate) -> tuple[tuple[int, ...], ...]:
+    """Return the groups of runs on one mixture; runs equal in every loss are copies of one run."""
+    groups = replicate_groups(model.weights)
+    return tuple(group for group in groups if np.ptp(model.losses[list(group)], axis=0).any())
 
 
 def _between_replicates(losses: np.ndarray, groups: tuple[tuple[int, ...], ...]) -> Noise:

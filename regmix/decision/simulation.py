@@ -16,7 +16,7 @@ from regmix.decision.stand_in import StandIn
 
 NUM_DRAWS = 100_000
 NUM_AVERAGED = 128
-# Draws that costly members judge in full: at random to begin with, then those that a stand-in picks.
+# Draws that costly members judge in full: random ones, then those that a stand-in picks.
 _SAMPLED, _PICKED, _ROUNDS = 2000, 2000, 2
 # What an error at a draw far from the best counts, in the fit of the stand-in.
 _UNIMPORTANT = 0.02
