@@ -11,8 +11,8 @@ from search_cases import bowls
 
 from regmix.data.draws import scale_into_bounds
 from regmix.decision.baselines import unimax
-from regmix.decision.constraints import make_constraints
 from regmix.decision.optimum import optimize
+from regmix.decision.searching.constraints import make_constraints
 from regmix.decision.surrogate import Surrogate
 from regmix.errors import ConfigError, ConstraintError
 

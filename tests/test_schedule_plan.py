@@ -15,12 +15,12 @@ from regmix.cli import cli
 from regmix.data.mixtures import MixtureTable, read_mixture_yaml
 from regmix.data.schedules import ScheduleTable, read_schedule_yaml
 from regmix.data.shards import ShardSet
-from regmix.decision.constraints import make_constraints
 from regmix.decision.objective import make_objective
 from regmix.decision.schedules.histories import Histories, read_histories
 from regmix.decision.schedules.plan import SegmentPlan, plan_segments
 from regmix.decision.schedules.trajectories import read_trajectories
 from regmix.decision.schedules.transitions import State, calibrated_chain, fit_chain
+from regmix.decision.searching.constraints import make_constraints
 from regmix.errors import ConfigError, ConstraintError, LossTableError
 from regmix.large.train import resolve_recipe
 from regmix.study import Study, Training

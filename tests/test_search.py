@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 from search_cases import bowls, made_up
 
-from regmix.decision import simulation, uncertainty
 from regmix.decision.baselines import Baseline
-from regmix.decision.constraints import make_constraints
-from regmix.decision.exchange import exchange
-from regmix.decision.guard import make_guard
 from regmix.decision.objective import make_objective
 from regmix.decision.optimum import Optimum, optimize
-from regmix.decision.penalty import divergence
-from regmix.decision.predictor import Predictor
 from regmix.decision.regressors.trees import Trees
-from regmix.decision.search import _settled
+from regmix.decision.searching import simulation, uncertainty
+from regmix.decision.searching.constraints import make_constraints
+from regmix.decision.searching.exchange import exchange
+from regmix.decision.searching.guard import make_guard
+from regmix.decision.searching.penalty import divergence
+from regmix.decision.searching.predictor import Predictor
+from regmix.decision.searching.search import _settled
 from regmix.decision.surrogate import Member, Surrogate, fit
 from regmix.errors import ConstraintError
 

@@ -11,11 +11,11 @@ import pytest
 from regmix.data.groups import Groups
 from regmix.data.mixtures import Mixture
 from regmix.decision.baselines import Baseline
-from regmix.decision.constraints import Constraints, make_constraints
-from regmix.decision.guard import Guard, make_guard
 from regmix.decision.objective import Objective, make_objective
 from regmix.decision.optimum import optimize
 from regmix.decision.reuse import optimize_frozen
+from regmix.decision.searching.constraints import Constraints, make_constraints
+from regmix.decision.searching.guard import Guard, make_guard
 from regmix.decision.surrogate import Surrogate, fit
 from regmix.decision.tradeoffs import (
     Tradeoffs,

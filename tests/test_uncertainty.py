@@ -5,14 +5,14 @@ import pytest
 
 from regmix.decision.baselines import Baseline
 from regmix.decision.calibration import coverage, widening
-from regmix.decision.constraints import make_constraints
-from regmix.decision.guard import make_guard
 from regmix.decision.noise import noise_floor, objective_noise, replicate_groups
 from regmix.decision.objective import make_objective
-from regmix.decision.penalty import Penalty
-from regmix.decision.predictor import Predictor
 from regmix.decision.regressors.gp import GaussianProcess, GPModel
 from regmix.decision.rivals import around
+from regmix.decision.searching.constraints import make_constraints
+from regmix.decision.searching.guard import make_guard
+from regmix.decision.searching.penalty import Penalty
+from regmix.decision.searching.predictor import Predictor
 from regmix.decision.surrogate import Surrogate, fit
 from regmix.decision.uncertainty import (
     Interval,
@@ -242,16 +242,16 @@ def test_noise_is_what_replicates_differ_by() -> None:
     weights[20:22] = weights[0]
     weights[22:] = weights[1]
     losses[[0, 20, 21]] = [[3.0, 3.0], [3.2, 3.0], [3.1, 3.3]]
-    losses[[1, 22, 23]] = [[2.9, 2.8], [2.9, 2.8], [2.9, 2.8]]
+    losses[[1, 22, 23]] = [[2.9, 2.8], [2.9, 2.8], [2.9, 2.9]]
     model = fit(weights, losses)
     assert replicate_groups(model.weights) == ((0, 20, 21), (1, 22, 23))
     noise = noise_floor(model)
     assert noise is not None
     assert noise.measured
-    # Squares within the first group, over the 4 runs that are no first of their mixture.
-    np.testing.assert_allclose(noise.sd, [np.sqrt(0.02 / 4), np.sqrt(0.06 / 4)])
+    # Squares within the groups, over the 4 runs that are no first of their mixture.
+    np.testing.assert_allclose(noise.sd, np.sqrt([0.02 / 4, (0.06 + 0.02 / 3) / 4]))
     mean = make_objective("mean", model.targets)
-    assert objective_noise(model, mean) == pytest.approx(np.sqrt(0.02 / 4))
+    assert objective_noise(model, mean) == pytest.approx(np.sqrt((0.02 + 0.005 / 3) / 4))
 
 
 def test_copies_of_a_run_are_no_replicates() -> None:

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from regmix.data.mixtures import read_mixture_yaml
-from regmix.decision.constraints import make_constraints, upper_is_own
 from regmix.decision.objective import make_objective
 from regmix.decision.optimum import Optimum, optimize
-from regmix.decision.predictor import Predictor
 from regmix.decision.regressors.registry import REGRESSORS
 from regmix.decision.runs import Runs, read_runs, resolve
-from regmix.decision.simulation import NUM_AVERAGED, all_draws, draw
+from regmix.decision.searching.constraints import make_constraints, upper_is_own
+from regmix.decision.searching.predictor import Predictor
+from regmix.decision.searching.simulation import NUM_AVERAGED, all_draws, draw
 from regmix.decision.surrogate import Surrogate, fit
 from regmix_bench.harness import Record, append, table
 

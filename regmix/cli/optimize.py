@@ -119,10 +119,10 @@ def command(
         write_plan,
     )
     from regmix.cli.words import parse_count, parse_pairs
-    from regmix.decision.guard import TOLERANCE_NATS
     from regmix.decision.records import optimum_record, write_optimum
     from regmix.decision.reuse import groups_of, optimize_frozen, reduce_runs, reused_baseline
     from regmix.decision.runs import read_runs
+    from regmix.decision.searching.guard import TOLERANCE_NATS
     from regmix.decision.surrogate import fit
     from regmix.decision.tradeoffs import tradeoffs_of, write_tradeoffs
     from regmix.errors import ConfigError

@@ -49,12 +49,12 @@ def plan_for(
     seed: int,
 ) -> SegmentPlan:
     """Return the plan of a study's proxies; bounds hold in every segment, epochs over the run."""
-    from regmix.decision.constraints import make_constraints
     from regmix.decision.objective import make_objective
     from regmix.decision.schedules.histories import read_histories
     from regmix.decision.schedules.plan import plan_segments
     from regmix.decision.schedules.trajectories import read_trajectories
     from regmix.decision.schedules.transitions import NUM_FITS
+    from regmix.decision.searching.constraints import make_constraints
     from regmix.display import Progress
 
     trajectories = read_trajectories(study)

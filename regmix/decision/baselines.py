@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from regmix.data.mixtures import Mixture
-from regmix.decision.constraints import Constraints
 from regmix.decision.objective import Objective
+from regmix.decision.searching.constraints import Constraints
 from regmix.decision.surrogate import Surrogate
 from regmix.errors import ConfigError, nearest
 

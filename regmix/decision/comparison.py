@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from regmix.decision.baselines import Baseline
-from regmix.decision.constraints import Constraints
-from regmix.decision.guard import SLACK_NATS
-from regmix.decision.predictor import Predictor
+from regmix.decision.searching.constraints import Constraints
+from regmix.decision.searching.guard import SLACK_NATS
+from regmix.decision.searching.predictor import Predictor
 from regmix.decision.surrogate import Surrogate
 from regmix.decision.uncertainty import Interval, Sureness
 

@@ -16,19 +16,19 @@ import numpy as np
 from regmix.data.mixtures import Mixture
 from regmix.decision.baselines import RESERVED, Baseline, make_baselines, named
 from regmix.decision.comparison import Compared, compare
-from regmix.decision.constraints import (
+from regmix.decision.noise import objective_noise
+from regmix.decision.objective import Objective, ObjectiveLike, make_objective
+from regmix.decision.runs import resolve
+from regmix.decision.searching.constraints import (
     Constraints,
     PerDomain,
     make_constraints,
     upper_is_own,
 )
-from regmix.decision.guard import TOLERANCE_NATS, Guard, make_guard
-from regmix.decision.noise import objective_noise
-from regmix.decision.objective import Objective, ObjectiveLike, make_objective
-from regmix.decision.penalty import divergence, make_penalty
-from regmix.decision.predictor import Predictor
-from regmix.decision.runs import resolve
-from regmix.decision.search import Found, search
+from regmix.decision.searching.guard import TOLERANCE_NATS, Guard, make_guard
+from regmix.decision.searching.penalty import divergence, make_penalty
+from regmix.decision.searching.predictor import Predictor
+from regmix.decision.searching.search import Found, search
 from regmix.decision.surrogate import Surrogate
 from regmix.decision.uncertainty import Interval, Sureness, predicted_interval, sureness
 from regmix.decision.validation import spearman

@@ -20,9 +20,9 @@ from regmix.data.groups import KEPT, Groups, find_groups
 from regmix.data.mixtures import Mixture, normalised, read_mixture_yaml
 from regmix.decision.baselines import SWARM_MEAN
 from regmix.decision.comparison import Compared
-from regmix.decision.constraints import Constraints, PerDomain, make_constraints
 from regmix.decision.optimum import Optimum, optimize
 from regmix.decision.runs import NamedArray, Runs, resolve
+from regmix.decision.searching.constraints import Constraints, PerDomain, make_constraints
 from regmix.decision.surrogate import Surrogate
 from regmix.errors import ConfigError, ConstraintError
 

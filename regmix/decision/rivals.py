@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from regmix.decision.constraints import Constraints
+from regmix.decision.searching.constraints import Constraints
 
 # Concentrations of the Dirichlet around a mixture: from a wide cloud to its very neighbours.
 _CONCENTRATIONS = (8.0, 30.0, 120.0, 500.0)

@@ -19,11 +19,11 @@ import numpy as np
 from regmix.data.draws import BoundedOptions, draw_bounded
 from regmix.data.groups import Groups
 from regmix.data.mixtures import Mixture
-from regmix.decision.constraints import Constraints
-from regmix.decision.guard import SLACK_NATS, Guard
 from regmix.decision.objective import Objective
 from regmix.decision.optimum import Optimum
 from regmix.decision.rivals import around, pulled
+from regmix.decision.searching.constraints import Constraints
+from regmix.decision.searching.guard import SLACK_NATS, Guard
 from regmix.decision.surrogate import Surrogate
 from regmix.decision.uncertainty import draw_surfaces, tails
 from regmix.errors import ConfigError

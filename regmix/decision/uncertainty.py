@@ -18,12 +18,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from regmix.decision.calibration import CONFIDENCE, HALF_WIDTH
-from regmix.decision.constraints import Constraints
 from regmix.decision.objective import Objective
 from regmix.decision.parallel import in_threads
-from regmix.decision.predictor import Predictor
 from regmix.decision.regressors.gp import GPModel, untrained
 from regmix.decision.rivals import around, pulled
+from regmix.decision.searching.constraints import Constraints
+from regmix.decision.searching.predictor import Predictor
 from regmix.decision.surrogate import Surrogate
 
 NUM_DRAWS = 400

@@ -34,10 +34,10 @@ from regmix.decision.active.acquisition import (
     num_explored,
 )
 from regmix.decision.active.outlook import Outlook, look
-from regmix.decision.constraints import Constraints, make_constraints
 from regmix.decision.objective import make_objective
 from regmix.decision.reuse import reduce_runs
 from regmix.decision.runs import read_runs
+from regmix.decision.searching.constraints import Constraints, make_constraints
 from regmix.errors import ConfigError, MixtureError, StudyError
 from regmix.study import Study
 from regmix.swarm.drawing import SwarmRequest

@@ -19,11 +19,11 @@ import numpy as np
 
 from regmix.data.mixtures import Mixture
 from regmix.data.schedules import Schedule, Segment
-from regmix.decision.constraints import Constraints
 from regmix.decision.objective import Objective
 from regmix.decision.schedules.histories import Histories
 from regmix.decision.schedules.search import ScheduleSearch
 from regmix.decision.schedules.transitions import calibrated_chain
+from regmix.decision.searching.constraints import Constraints
 from regmix.decision.uncertainty import Interval
 from regmix.decision.validation import spearman
 from regmix.errors import LossTableError

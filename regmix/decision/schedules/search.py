@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from regmix.data.mixtures import normalised
-from regmix.decision.constraints import Constraints
 from regmix.decision.objective import Objective
 from regmix.decision.schedules.histories import Histories
 from regmix.decision.schedules.transitions import Chain
+from regmix.decision.searching.constraints import Constraints
 from regmix.errors import ConstraintError
 
 _CANDIDATES, _STARTS = 2000, 4

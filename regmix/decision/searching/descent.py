@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from regmix.decision.constraints import Constraints
 from regmix.decision.parallel import one_thread
-from regmix.decision.predictor import Predictor
+from regmix.decision.searching.constraints import Constraints
+from regmix.decision.searching.predictor import Predictor
 
 Aim = Literal["value", "excess"]
 # Weights are kept off 0, where a slope in q vanishes, and starts further: as far as this.

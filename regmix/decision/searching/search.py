@@ -13,12 +13,12 @@ import numpy as np
 
 from regmix.data.draws import drop_small
 from regmix.data.mixtures import normalised
-from regmix.decision.constraints import Constraints
-from regmix.decision.descent import Aim, descend
-from regmix.decision.exchange import exchange
-from regmix.decision.guard import refusal
-from regmix.decision.predictor import Predictor
-from regmix.decision.simulation import NUM_AVERAGED, NUM_DRAWS, Drawn, draw
+from regmix.decision.searching.constraints import Constraints
+from regmix.decision.searching.descent import Aim, descend
+from regmix.decision.searching.exchange import exchange
+from regmix.decision.searching.guard import refusal
+from regmix.decision.searching.predictor import Predictor
+from regmix.decision.searching.simulation import NUM_AVERAGED, NUM_DRAWS, Drawn, draw
 
 # Starts that are followed: gradients are cheap, exchanges take up to a second of trees each.
 _DESCENTS, _EXCHANGES = 6, 2

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from regmix.decision.constraints import Constraints
+from regmix.decision.searching.constraints import Constraints
 from regmix.errors import ConfigError, ConstraintError
 
 # p log p and its slope are taken at this weight below it: 0 and minus infinity at 0.

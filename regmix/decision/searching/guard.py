@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from regmix.decision.baselines import Baseline
-from regmix.decision.constraints import UNSEEN, Constraints
+from regmix.decision.searching.constraints import UNSEEN, Constraints
 from regmix.decision.surrogate import Surrogate
 from regmix.errors import ConfigError, ConstraintError
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from regmix.decision.constraints import Constraints
-from regmix.decision.descent import Aim
-from regmix.decision.predictor import Predictor
+from regmix.decision.searching.constraints import Constraints
+from regmix.decision.searching.descent import Aim
+from regmix.decision.searching.predictor import Predictor
 
 # Evaluations of one target at one mixture that one exchange may spend: up to a second of trees.
 _BUDGET = 30_000

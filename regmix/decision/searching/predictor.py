@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from regmix.decision.guard import SLACK_NATS, Guard
 from regmix.decision.objective import Objective
-from regmix.decision.penalty import Penalty
 from regmix.decision.regressors.interface import SmoothModel
+from regmix.decision.searching.guard import SLACK_NATS, Guard
+from regmix.decision.searching.penalty import Penalty
 from regmix.decision.surrogate import Member, Surrogate
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from regmix.decision.constraints import Constraints
-from regmix.decision.predictor import Predictor
-from regmix.decision.stand_in import StandIn
+from regmix.decision.searching.constraints import Constraints
+from regmix.decision.searching.predictor import Predictor
+from regmix.decision.searching.stand_in import StandIn
 
 NUM_DRAWS = 100_000
 NUM_AVERAGED = 128
