@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from search_cases import bowls, made_up
 
+from regmix.decision import uncertainty
 from regmix.decision.baselines import Baseline
 from regmix.decision.objective import make_objective
 from regmix.decision.optimum import Optimum, optimize
 from regmix.decision.regressors.trees import Trees
-from regmix.decision.searching import simulation, uncertainty
+from regmix.decision.searching import simulation
 from regmix.decision.searching.constraints import make_constraints
 from regmix.decision.searching.exchange import exchange
 from regmix.decision.searching.guard import make_guard
