@@ -33,6 +33,11 @@ class Member:
     widening: np.ndarray
 
 
+def blended_mean(members: Sequence[Member], weights: np.ndarray) -> np.ndarray:
+    """Return the losses [N, M] that members predict together of weights [N, D]."""
+    return sum_of([member.share * member.model.mean(weights) for member in members])
+
+
 @dataclass(frozen=True, eq=False)
 class Surrogate:
     """Predicted losses of mixtures: `predict(weights [N, D]) -> (mean [N, M], std [N, M])`.
@@ -64,8 +69,7 @@ class Surrogate:
 
     def mean(self, weights: Any) -> np.ndarray:
         """Return the predicted losses [N, M]."""
-        x = self._matrix(weights)
-        return sum_of([member.share * member.model.mean(x) for member in self.members])
+        return blended_mean(self.members, self._matrix(weights))
 
     def predict(self, weights: Any) -> tuple[np.ndarray, np.ndarray]:
         """Return mean and standard deviation [N, M] of a new run, in nats, at the proxies' scale.

@@ -6,15 +6,13 @@ Enters: a surrogate, an objective, a penalty, a guard. Leaves: values and losses
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from regmix.decision.objective import Objective
 from regmix.decision.regressors.interface import SmoothModel
 from regmix.decision.searching.guard import SLACK_NATS, Guard
 from regmix.decision.searching.penalty import Penalty
-from regmix.decision.surrogate import Member, Surrogate
+from regmix.decision.surrogate import Surrogate, blended_mean
 
 
 class Predictor:
@@ -45,11 +43,11 @@ class Predictor:
 
     def value(self, weights: np.ndarray) -> np.ndarray:
         """Return the values [N]."""
-        return self._penalised(self.objective.value(_mean(self._own, weights)), weights)
+        return self._penalised(self.objective.value(blended_mean(self._own, weights)), weights)
 
     def losses(self, weights: np.ndarray) -> np.ndarray:
         """Return the predicted losses [N, U]."""
-        return _mean(self._used, weights)
+        return blended_mean(self._used, weights)
 
     @property
     def is_costly(self) -> bool:
@@ -60,11 +58,11 @@ class Predictor:
         """Return what the cheap members add to the losses [N, U]."""
         if not self._cheap:
             return np.zeros((len(weights), self.num_used))
-        return _mean(self._cheap, weights)
+        return blended_mean(self._cheap, weights)
 
     def costly_part(self, weights: np.ndarray) -> np.ndarray:
         """Return what the costly members add to the losses [N, U]; only where `is_costly`."""
-        return _mean(self._costly, weights)
+        return blended_mean(self._costly, weights)
 
     def value_of(self, losses: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """Return the values [N] of mixtures whose losses [N, U] are known."""
@@ -94,10 +92,3 @@ class Predictor:
 
     def _penalised(self, values: np.ndarray, weights: np.ndarray) -> np.ndarray:
         return values if self.penalty is None else values + self.penalty.value(weights)
-
-
-def _mean(members: Sequence[Member], weights: np.ndarray) -> np.ndarray:
-    total = members[0].share * members[0].model.mean(weights)
-    for member in members[1:]:
-        total = total + member.share * member.model.mean(weights)
-    return total
