@@ -127,11 +127,13 @@ def test_gain_is_over_the_chosen_baseline_and_all_are_compared(smooth: Surrogate
     assert list(by_name["best observed"].weights.values()) == row.tolist()
 
 
-def test_verdict_keeps_the_prior_where_the_gain_is_noise() -> None:
+def test_verdict_believes_no_gain_that_is_noise() -> None:
     weights = draws()
     noise = 2 + np.random.default_rng(1).normal(0, 0.05, (60, 1))
     model = fit(weights, noise, regressor="linear", domains=DOMAINS, targets=("x",))
-    assert optimize(model, objective="x", prior=PRIOR).action != "use"
+    unsure = optimize(model, objective="x", prior=PRIOR)
+    assert unsure.action == "train more"
+    assert "held-out losses are not predicted yet" in unsure.verdict
     clear = fit(weights, law(weights), regressor="powerlaw", domains=DOMAINS, targets=TARGETS)
     assert optimize(clear, objective="x", prior=PRIOR).verdict.startswith("use the optimum")
 

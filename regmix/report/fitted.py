@@ -11,27 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from regmix.decision.learning import CurvePoint, LearningCurve
 from regmix.large.comparison import damaged
 from regmix.report.estimates import ByTarget, by_target, entries, estimate, finite, number, table
-
-
-@dataclass(frozen=True, kw_only=True)
-class CurvePoint:
-    """The held-out error with so many proxies, its spread over repeats, and Spearman."""
-
-    num_runs: int
-    rmse_nats: float
-    rmse_sd_nats: float
-    spearman: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class LearningCurve:
-    """points by rising number of proxies; exponent: error ~ runs ** -exponent; advice in words."""
-
-    points: tuple[CurvePoint, ...]
-    exponent: float | None
-    advice: str
 
 
 @dataclass(frozen=True, kw_only=True)
