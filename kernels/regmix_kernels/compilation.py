@@ -1,0 +1,148 @@
+"""Kernels compiled ahead of time, where there is no GPU, and what the compiler made of them.
+
+Enters: a kernel with one of its configurations. Leaves: registers, shared memory, spills and
+opcodes on an A100 (sm_80) or a Hopper GPU (sm_90). Runs nothing. Needs a process in which Triton
+does not interpret (TRITON_INTERPRET unset): an interpreted function cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+# Dynamic shared memory that one block can have, CUDA C++ programming guide, table of compute
+# capabilities: 163 KB and 227 KB.
+SHARED_LIMIT_BYTES = {80: 163 * 1024, 90: 227 * 1024}
+REGISTER_LIMIT = 255
+_WARP = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One kernel at one configuration that is shipped.
+
+    signature: the type of each argument that is no constexpr, in order: "*bf16" (pointers count as
+        aligned to 16 bytes, as torch's are), "i32", "i32:16" (a multiple of 16), "i64", "fp32".
+    constants: the value of each constexpr.
+    is_matrix: whether it multiplies matrices, so that Hopper's own instructions are expected.
+    capabilities: the GPUs for which this configuration is meant.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 2
+    is_matrix: bool = False
+    capabilities: tuple[int, ...] = (80, 90)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What the compiler made: registers of a thread, bytes of a block, and instructions by name."""
+
+    registers: int
+    shared_bytes: int
+    stack_bytes: int
+    num_spills: int
+    opcodes: dict[str, int]
+
+    def faults(self, case: Case, capability: int) -> list[str]:
+        """Return in words what must not be: spills, too much shared memory, old matrix code."""
+        found = []
+        if self.stack_bytes or self.num_spills:
+            found.append(f"{self.stack_bytes} bytes of stack, {self.num_spills} spills")
+        if self.shared_bytes > SHARED_LIMIT_BYTES[capability]:
+            found.append(
+                f"{self.shared_bytes} bytes of shared memory, {SHARED_LIMIT_BYTES[capability]} are"
+                " there"
+            )
+        if case.is_matrix and capability == 90 and self.opcodes.get("HMMA"):
+            found.append(f"{self.opcodes['HMMA']} HMMA where HGMMA was meant")
+        return found
+
+
+def compile_case(case: Case, capability: int) -> Report:
+    """Compile one configuration for sm_80 or sm_90 and read the machine code.
+
+    Raises Triton's own `CompilationError` where the kernel cannot be compiled, `RuntimeError` where
+    the disassembler that Triton ships does not answer.
+    """
+    names = case.kernel.arg_names
+    signature, attributes = {}, {}
+    for index, name in enumerate(names):
+        kind = case.signature.get(name, "constexpr")
+        if kind.startswith("*") or kind.endswith(":16"):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        signature[name] = kind.removesuffix(":16")
+    unknown = (case.signature.keys() | case.constants.keys()) - set(names)
+    missing = [n for n in names if n not in case.signature and n not in case.constants]
+    if unknown or missing:
+        raise ValueError(f"{case.name}: arguments {sorted(unknown)} unknown, {missing} missing")
+    source = ASTSource(case.kernel, signature, dict(case.constants), attributes)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    target = GPUTarget("cuda", capability, _WARP)
+    compiled = triton.compile(source, target=target, options=options)
+    return _read(compiled.asm["cubin"], int(compiled.metadata.shared))
+
+
+def compile_all(cases: list[Case], capability: int) -> dict[str, Report]:
+    """Return the reports of all cases that are meant for `capability`, by name."""
+    wanted = [case for case in cases if capability in case.capabilities]
+    return {case.name: compile_case(case, capability) for case in wanted}
+
+
+@functools.cache
+def _disassembler() -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+
+
+def _read(cubin: bytes, shared_bytes: int) -> Report:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, code = (_disassemble(option, file.name) for option in ("-res-usage", "-sass"))
+    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED):(\d+)", usage)}
+    # A line of code: /*0a10*/  @!P0 LDG.E.128.CONSTANT R4, ... ;
+    opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?(\w+)", code, re.M))
+    return Report(
+        registers=numbers["REG"],
+        shared_bytes=max(shared_bytes, numbers.get("SHARED", 0)),
+        stack_bytes=numbers.get("STACK", 0),
+        num_spills=opcodes["STL"] + opcodes["LDL"],
+        opcodes=dict(opcodes),
+    )
+
+
+def _disassemble(option: str, path: str) -> str:
+    done = subprocess.run([_disassembler(), option, path], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"cuobjdump {option}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def describe(case: Case, report: Report) -> dict[str, Any]:
+    """Return one flat row of a table: name, warps, stages and what the compiler made of it."""
+    row = dataclasses.asdict(report)
+    opcodes = row.pop("opcodes")
+    matrix = sum(opcodes.get(name, 0) for name in ("HMMA", "HGMMA", "QGMMA"))
+    return {
+        "case": case.name,
+        "num_warps": case.num_warps,
+        "num_stages": case.num_stages,
+        **row,
+        "matrix_instructions": matrix,
+        "exponentials": opcodes.get("MUFU", 0),
+    }
