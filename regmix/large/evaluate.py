@@ -6,6 +6,7 @@ Chooses no model and ranks none.
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,11 +62,11 @@ def evaluate_model(study: Study, folder: Path) -> dict[str, Any]:
             f"{folder}: the model was trained with another tokenizer than {shards.path} has",
             cure="Evaluate it on shards packed with its own tokenizer",
         )
-    model = StackedLlama(shape)
+    evaluate = functools.partial(StackedLlama(shape).evaluate, parameters)
     losses = {}
     for target in study.config.targets:
         windows = read_windows(shards, target, seq_len=shape.seq_len)
-        losses[target] = float(mean_losses(model, parameters, windows)[0])
+        losses[target] = float(mean_losses(evaluate, windows)[0])
     return evaluation_table(study, shards, losses)
 
 

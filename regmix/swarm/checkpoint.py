@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,45 @@ def save_checkpoint(
         with contextlib.suppress(OSError):
             old.unlink()
     return path
+
+
+class CheckpointWriter:
+    """Writes checkpoints, one at a time, in the background where the caller need not wait."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def write(
+        self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], *, wait: bool
+    ) -> None:
+        """Write a checkpoint; without `wait` the tensors must stay as they are until it is there.
+
+        Raises what the one before failed with.
+        """
+        self.close()
+        if wait:
+            save_checkpoint(self._folder, step, tensors, state)
+            return
+
+        def save() -> None:
+            try:
+                save_checkpoint(self._folder, step, tensors, state)
+            except BaseException as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=save)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Wait for what is being written; raise what it failed with."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:

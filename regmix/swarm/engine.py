@@ -14,7 +14,7 @@ job's folder. Schedules nothing and knows no study.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,19 @@ import torch
 from torch import Tensor
 
 from regmix.config import as_table, build
+from regmix.data.sampling.ring import BatchRing
 from regmix.data.sampling.sampler import MixtureSampler, StackSampler
 from regmix.data.shards import ShardSet
 from regmix.data.validation import Windows, read_windows
 from regmix.errors import ModelError
-from regmix.model.llama import StackedLlama, init_parameters
-from regmix.model.optim import StackedAdamW
+from regmix.model.trainable import TrainableStack, make_stack
 from regmix.study import Training
-from regmix.swarm.checkpoint import load_newest, save_checkpoint
+from regmix.swarm.checkpoint import CheckpointWriter, load_newest, save_checkpoint
 
 CHECKPOINT_SECONDS = 15.0
 REPORT_SECONDS = 0.5
 EVAL_SEQUENCES = 16
+BUFFERS_AHEAD = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,8 @@ class StackJob:
     shards, folder: absolute paths of the corpus and of the stack's checkpoints.
     shards_checksum: the corpus's, so that a checkpoint is not resumed on another one.
     threads: intra-op threads; the sums of a matrix product depend on them.
+    device: "cpu", or "cuda" for the worker's GPU.
+    micro_batch: sequences of a member that a GPU takes at a time; None for the whole batch.
     pools: domain -> sequences that may be read of it; None for all there are.
     """
 
@@ -86,6 +89,8 @@ class StackJob:
     shards_checksum: str
     folder: str
     threads: int = 1
+    device: str = "cpu"
+    micro_batch: int | None = None
     pools: dict[str, int] | None = None
 
     def to_table(self) -> dict[str, Any]:
@@ -97,6 +102,9 @@ class StackJob:
         table = self.to_table()
         for place in ("shards", "folder"):
             table.pop(place)
+        if self.device == "cpu":
+            # As before there were other devices, so that older checkpoints are still resumed.
+            table.pop("device")
         return table
 
     @classmethod
@@ -135,10 +143,52 @@ class StoppedError(Exception):
     """The stack was asked to stop; its checkpoint is written."""
 
 
-class StackTrainer:
-    """Trains the stack of one job; `run` returns its result."""
+class StackKeeper:
+    """Keeps the stack that was trained last, so that the next of its kind need not be built.
 
-    def __init__(self, job: StackJob, shards: ShardSet) -> None:
+    On a GPU that saves allocation, warm-up and the capture of the graph.
+    """
+
+    def __init__(self) -> None:
+        self._key: object = None
+        self._stack: TrainableStack | None = None
+
+    def stack_for(self, job: StackJob) -> TrainableStack:
+        """Return a stack for the job, with its initial weights."""
+        training, members = job.training, job.members
+        sizes = (len(members), training.batch_size, training.num_steps)
+        key = (training.shape, training.optim, *sizes, job.device, job.micro_batch)
+        if self._stack is None or key != self._key:
+            # The old one goes first: there may be no room for both.
+            self._key, self._stack = None, None
+            self._stack = make_stack(
+                training.shape,
+                training.optim,
+                num_proxies=len(members),
+                batch_size=training.batch_size,
+                num_steps=training.num_steps,
+                device=job.device,
+                micro_batch=job.micro_batch,
+            )
+            self._key = key
+        self._stack.reset([member.init_seed for member in members])
+        return self._stack
+
+
+class StackTrainer:
+    """Trains the stack of one job; `run` returns its result.
+
+    stack: what trains, made for the job where it is None; `keeper` then keeps it for the next job.
+    """
+
+    def __init__(
+        self,
+        job: StackJob,
+        shards: ShardSet,
+        *,
+        keeper: StackKeeper | None = None,
+        stack: TrainableStack | None = None,
+    ) -> None:
         self.job, self.shards = job, shards
         self.folder = Path(job.folder)
         training = job.training
@@ -148,9 +198,7 @@ class StackTrainer:
                 f"corpus's ({shards.vocab_size})",
                 cure="Draw the study again on this corpus",
             )
-        self.model = StackedLlama(training.shape)
-        self.parameters = init_parameters(training.shape, [m.init_seed for m in job.members])
-        self.optimizer = StackedAdamW(self.parameters, training.optim)
+        self.stack = stack or (keeper or StackKeeper()).stack_for(job)
         self.samplers = [
             MixtureSampler(
                 shards,
@@ -162,11 +210,16 @@ class StackTrainer:
             )
             for member in job.members
         ]
-        self.stack = StackSampler(self.samplers)
         self.step = 0
-        self.train_losses = np.zeros((training.num_steps, len(job.members)), dtype=np.float32)
         self.evaluations: list[tuple[int, np.ndarray]] = []
         self._windows: dict[str, Windows] = {}
+        self._batches: Generator[np.ndarray, None, None] | None = None
+        self._writer = CheckpointWriter(self.folder)
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The parameters as they are, [P, ...] by name."""
+        return self.stack.parameters
 
     def run(
         self,
@@ -181,44 +234,64 @@ class StackTrainer:
         tokens_per_step = len(self.job.members) * training.batch_size * training.shape.seq_len
         started = saved = reported = time.monotonic()
         first = reported_step = self.step
-        while self.step < training.num_steps:
-            self.train_step()
-            now = time.monotonic()
-            if now - reported >= REPORT_SECONDS:
-                rate = (self.step - reported_step) * tokens_per_step / (now - reported)
-                loss = float(np.nanmean(self.train_losses[self.step - 1]))
-                report(StepReport(self.step, loss, rate))
-                reported, reported_step = now, self.step
-            stop = should_stop()
-            if stop or now - saved >= checkpoint_seconds:
+        try:
+            while self.step < training.num_steps:
+                self.train_step()
+                now = time.monotonic()
+                if now - reported >= REPORT_SECONDS:
+                    done, loss = self.stack.latest_loss()
+                    rate = (done - reported_step) * tokens_per_step / (now - reported)
+                    report(StepReport(done, loss, max(rate, 0.0)))
+                    reported, reported_step = now, done
+                stop = should_stop()
+                if stop or now - saved >= checkpoint_seconds:
+                    self._save()
+                    saved = time.monotonic()
+                if stop:
+                    raise StoppedError
+            if not self.evaluations or self.evaluations[-1][0] != self.step:
                 self._save()
-                saved = time.monotonic()
-            if stop:
-                raise StoppedError
-        if not self.evaluations or self.evaluations[-1][0] != self.step:
-            self._save()
-            self.evaluations.append((self.step, self._evaluate()))
+                self.evaluations.append((self.step, self._evaluate()))
+        finally:
+            self.close()
         return StackResult(
             losses=self.evaluations[-1][1],
-            train_losses=self.train_losses,
-            failed=self.optimizer.failed.cpu().numpy().copy(),
+            train_losses=self.stack.losses(0, self.step),
+            failed=self.stack.failed,
             evaluations=self.evaluations,
-            parameters=self.parameters,
+            parameters=self.stack.parameters,
             seconds=time.monotonic() - started,
             tokens=(self.step - first) * tokens_per_step,
         )
 
     def train_step(self) -> None:
         """Train every member for one step."""
-        training = self.job.training
-        tokens_PBT1 = torch.from_numpy(self.stack.batch(self.step))
-        losses_P, _norms_P = self.model.train_step(
-            self.parameters, self.optimizer, tokens_PBT1, self.step
-        )
-        self.train_losses[self.step] = losses_P.numpy()
+        if self._batches is None:
+            self._batches = self._make_batches()
+        self.stack.train_step(next(self._batches), self.step)
         self.step += 1
-        if training.evaluates_at(self.step):
+        if self.job.training.evaluates_at(self.step):
             self.evaluations.append((self.step, self._evaluate()))
+
+    def close(self) -> None:
+        """Stop what makes batches ahead, and wait until the last checkpoint is written."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
+        self._writer.close()
+
+    def _make_batches(self) -> Generator[np.ndarray, None, None]:
+        """Yield the batches from `step` on; where the stack has buffers, made ahead into those."""
+        stack_sampler = StackSampler(self.samplers)
+        last = self.job.training.num_steps
+        buffers = self.stack.buffers(BUFFERS_AHEAD)
+        if buffers is None:
+            for step in range(self.step, last):
+                yield stack_sampler.batch(step)
+            return
+        with BatchRing(stack_sampler, start=self.step, stop=last, buffers=buffers) as ring:
+            for _, batch in ring:
+                yield batch
 
     def _evaluate(self) -> np.ndarray:
         training = self.job.training
@@ -232,21 +305,20 @@ class StackTrainer:
                     seq_len=training.shape.seq_len,
                     max_tokens=training.eval_tokens,
                 )
-            losses[:, column] = mean_losses(self.model, self.parameters, windows)
+            losses[:, column] = mean_losses(self.stack.evaluate, windows)
         return losses
 
     def _save(self) -> None:
-        tensors = {f"parameters.{name}": value for name, value in self.parameters.items()}
-        for name, value in self.optimizer.state_tensors().items():
-            tensors[f"optimizer.{name}"] = value
-        tensors["train_losses"] = torch.from_numpy(self.train_losses[: self.step].copy())
+        tensors = self.stack.state()
+        tensors["train_losses"] = torch.from_numpy(self.stack.losses(0, self.step).copy())
         for step, losses in self.evaluations:
             tensors[f"evaluation.{step}"] = torch.from_numpy(losses)
         state = {
             "job": self.job.identity(),
             "samplers": [sampler.state(self.step) for sampler in self.samplers],
         }
-        save_checkpoint(self.folder, self.step, tensors, state)
+        # On a GPU the steps go on while the file is written; on a CPU they would share its cores.
+        self._writer.write(self.step, tensors, state, wait=self.job.device == "cpu")
 
     def _resume(self) -> None:
         found = load_newest(self.folder)
@@ -255,27 +327,45 @@ class StackTrainer:
         tensors, state = found
         refuse_another_job(self.job, state["job"])
         self.step = state["step"]
-        for name, value in self.parameters.items():
-            value.copy_(tensors[f"parameters.{name}"])
-        prefix = "optimizer."
-        self.optimizer.load(
-            {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        )
+        self.stack.load(tensors, tensors["train_losses"].numpy())
         for sampler, saved in zip(self.samplers, state["samplers"], strict=True):
             sampler.restore(saved)
-        self.train_losses[: self.step] = tensors["train_losses"].numpy()
         steps = sorted(int(k.split(".")[1]) for k in tensors if k.startswith("evaluation."))
         self.evaluations = [(step, tensors[f"evaluation.{step}"].numpy()) for step in steps]
 
 
-def mean_losses(model: StackedLlama, parameters: dict[str, Tensor], windows: Windows) -> np.ndarray:
-    """Return each member's mean loss over the windows [P], float64 nats per token."""
+def mean_losses(evaluate: Callable[[Tensor, Tensor], Tensor], windows: Windows) -> np.ndarray:
+    """Return each member's mean loss over the windows [P], float64 nats per token.
+
+    evaluate: from tokens [B, T+1] and a mask [B, T] to sums of nats [P].
+    """
     total: Tensor | float = 0.0
     for tokens, mask in windows.batches(EVAL_SEQUENCES):
-        tokens_BT1, mask_BT = torch.from_numpy(tokens), torch.from_numpy(mask)
-        total = total + model.evaluate(parameters, tokens_BT1, mask_BT)
+        total = total + evaluate(torch.from_numpy(tokens), torch.from_numpy(mask))
     assert isinstance(total, Tensor)
     return (total / windows.num_tokens).numpy()
+
+
+def split_checkpoint(job: StackJob, parts: Sequence[StackJob]) -> None:
+    """Give each part of a stack its rows of the newest checkpoint, if there is one.
+
+    parts: jobs with some of the members each, and all else as in `job`, but name and folder.
+    """
+    found = load_newest(Path(job.folder))
+    if found is None:
+        return
+    tensors, state = found
+    refuse_another_job(job, state["job"])
+    place = {member.name: row for row, member in enumerate(job.members)}
+    for part in parts:
+        rows = torch.tensor([place[member.name] for member in part.members])
+        own = {
+            name: value[:, rows] if name == "train_losses" else value[rows]
+            for name, value in tensors.items()
+        }
+        samplers = [state["samplers"][row] for row in rows.tolist()]
+        kept = {"job": part.identity(), "samplers": samplers}
+        save_checkpoint(Path(part.folder), state["step"], own, kept)
 
 
 def refuse_another_job(job: StackJob, found: object) -> None:
