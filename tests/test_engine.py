@@ -10,10 +10,19 @@ import pytest
 import torch
 
 from regmix.data.shards import ShardSet
-from regmix.errors import ModelError
+from regmix.errors import ModelError, StorageError
+from regmix.model.fused.stack import FusedStack
 from regmix.study import Training
-from regmix.swarm.checkpoint import checkpoints, load_newest
-from regmix.swarm.engine import Member, StackJob, StackResult, StackTrainer, StoppedError
+from regmix.swarm.checkpoint import CheckpointWriter, checkpoints, load_newest
+from regmix.swarm.engine import (
+    Member,
+    StackJob,
+    StackKeeper,
+    StackResult,
+    StackTrainer,
+    StoppedError,
+    split_checkpoint,
+)
 from regmix.swarm.worker import read_parameters, train_job
 
 MIXTURES = [
@@ -164,3 +173,91 @@ def test_a_trained_job_is_read_and_not_trained_again(job: StackJob, tiny_shards:
 
 def test_a_job_survives_the_trip_to_a_worker(job: StackJob) -> None:
     assert StackJob.from_table(job.to_table()) == job
+
+
+def fused_trainer(job: StackJob, shards: ShardSet) -> StackTrainer:
+    """The GPU's stack, over its reference on the CPU: fed from a ring, in two bytes a token."""
+    training = job.training
+    stack = FusedStack(
+        training.shape,
+        training.optim,
+        num_proxies=len(job.members),
+        batch_size=training.batch_size,
+        num_steps=training.num_steps,
+        micro_batch=job.micro_batch,
+        device="cpu",
+    )
+    stack.reset([member.init_seed for member in job.members])
+    return StackTrainer(job, shards, stack=stack)
+
+
+def test_the_fused_stack_trains_and_resumes_as_the_cpu_does(
+    job: StackJob, tiny_shards: ShardSet, tmp_path: Path
+) -> None:
+    job = dataclasses.replace(job, micro_batch=2)
+    cpu = StackTrainer(moved(job, tmp_path / "cpu"), tiny_shards).run()
+    whole = fused_trainer(moved(job, tmp_path / "whole"), tiny_shards).run()
+    np.testing.assert_allclose(whole.losses, cpu.losses, rtol=2e-4)
+    np.testing.assert_allclose(whole.train_losses, cpu.train_losses, rtol=2e-4)
+    stop_after(fused_trainer(job, tiny_shards), 5)
+    assert_same(fused_trainer(job, tiny_shards).run(), whole)
+
+
+def test_a_split_stack_goes_on_where_it_was(
+    job: StackJob, tiny_shards: ShardSet, tmp_path: Path
+) -> None:
+    whole = StackTrainer(moved(job, tmp_path / "whole"), tiny_shards).run()
+    stop_after(StackTrainer(job, tiny_shards), 5)
+    parts = [
+        dataclasses.replace(job, name=f"part-{i}", folder=str(tmp_path / f"part-{i}"), members=m)
+        for i, m in enumerate((job.members[:1], job.members[1:]))
+    ]
+    split_checkpoint(job, parts)
+    rows = []
+    for part in parts:
+        trainer = StackTrainer(part, tiny_shards)
+        trainer._resume()
+        assert trainer.step >= 5
+        rows.append(trainer.run().losses)
+    np.testing.assert_array_equal(np.concatenate(rows), whole.losses)
+
+
+def test_splitting_a_stack_that_has_no_checkpoint_writes_none(
+    job: StackJob, tmp_path: Path
+) -> None:
+    part = dataclasses.replace(job, members=job.members[:1], folder=str(tmp_path / "part"))
+    split_checkpoint(job, [part])
+    assert load_newest(tmp_path / "part") is None
+
+
+def test_a_kept_stack_gives_the_bits_of_a_new_one(
+    job: StackJob, tiny_shards: ShardSet, tmp_path: Path
+) -> None:
+    keeper = StackKeeper()
+    other = dataclasses.replace(
+        job, members=tuple(dataclasses.replace(m, init_seed=1) for m in job.members)
+    )
+    StackTrainer(moved(other, tmp_path / "other"), tiny_shards, keeper=keeper).run()
+    kept = keeper.stack_for(job)
+    again = StackTrainer(moved(job, tmp_path / "kept"), tiny_shards, keeper=keeper)
+    assert again.stack is kept
+    new = StackTrainer(job, tiny_shards).run()
+    assert_same(again.run(), new)
+    smaller = dataclasses.replace(job, members=job.members[:1])
+    assert keeper.stack_for(smaller) is not kept
+
+
+def test_a_failed_write_in_the_background_is_raised_by_the_next_call(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    writer = CheckpointWriter(tmp_path / "file" / "folder")
+    writer.write(1, {"x": torch.ones(1)}, {}, wait=False)
+    with pytest.raises(StorageError):
+        writer.close()
+    writer.close()
+
+
+def test_jobs_of_before_there_were_devices_have_the_same_identity(job: StackJob) -> None:
+    assert "device" not in job.identity()
+    assert dataclasses.replace(job, device="cuda").identity()["device"] == "cuda"
+    table = {k: v for k, v in job.to_table().items() if k != "device"}
+    assert StackJob.from_table(table) == job
