@@ -28,6 +28,8 @@ COMMANDS = {
     "evaluate": ("regmix.cli.evaluate", "Loss and bits per byte of a model, per domain."),
     "export": ("regmix.cli.export", "Write the mixture or the model for other tools."),
     "report": ("regmix.cli.report", "Write the study's report: one HTML file."),
+    "bench": ("regmix.cli.bench", "Measure this machine against its limits and against peers."),
+    "doctor": ("regmix.cli.doctor", "Examine this machine; say what to mend."),
 }
 
 
