@@ -255,6 +255,14 @@ ILL: tuple[tuple[Any, str, str, str, str], ...] = (
         replace(GPU, cards=cards(error="Driver/library version mismatch (code 18)", nodes=2)),
         *("driver", "problem", "mismatch", "restart"),
     ),
+    (
+        replace(NO_GPU, cards=replace(NO_CARDS, has_smi=True, error="no driver (code 9)")),
+        *("driver", "note", "code 9", "by hand"),
+    ),
+    (
+        replace(NO_GPU, cards=cards(), visible=""),
+        *("torch", "note", "a CPU build, on a machine with 2", "pytorch.org"),
+    ),
     (replace(GPU, visible=""), "visible", "note", "hides every GPU", "unset"),
     (replace(GPU, visible="0,2"), "visible", "problem", "2 is not one of 0 to 1", "0,1"),
     (replace(GPU, visible="0,0"), "visible", "problem", "0 is there twice", "once"),
@@ -281,6 +289,10 @@ ILL: tuple[tuple[Any, str, str, str, str], ...] = (
     (
         replace(GPU, devices=(replace(DEVICES[0], error="CUDA out of memory"),)),
         *("devices", "problem", "out of memory", "Stop the programs"),
+    ),
+    (
+        replace(GPU, devices=(replace(DEVICES[0], error="all devices are busy"),)),
+        *("devices", "problem", "busy", "Stop the programs"),
     ),
     (
         replace(GPU, devices=(replace(DEVICES[0], capability=(7, 5)),)),
@@ -358,6 +370,10 @@ ILL: tuple[tuple[Any, str, str, str, str], ...] = (
     (
         replace(KERNELS, launches={}, launch_error="killed by signal 9"),
         *("launches", "problem", "signal 9", "Mend"),
+    ),
+    (
+        replace(KERNELS, paths={"cuda:0": {"loss": "reference", "norm": "triton"}}),
+        *("paths", "note", "reference: loss", "Mend Triton"),
     ),
     (replace(KERNELS, paths={}, paths_error="no torch"), "paths", "problem", "no torch", "torch"),
     # machine

@@ -29,7 +29,8 @@ def command(path: str | None, gpus: int | None, as_json: bool) -> None:
     commands would take, else the current folder]
 
     Each finding is ok, a note, or a problem with its cure. Exit code 1 where there is a problem.
-    Changes nothing, uses no network; to time the disk it may write 32 MB that are gone at once.
+    Changes no setting, uses no network. To time the disk it may write 32 MB that are gone at once;
+    on each GPU it runs one small product and one tiny kernel.
 
     \b
     Examples:  regmix-fast doctor

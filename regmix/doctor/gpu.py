@@ -119,7 +119,9 @@ def check_torch(facts: Facts) -> list[Finding]:
         what = f"torch {facts.torch}, a CPU build"
         if facts.has_driver:
             number = max(len(facts.cards.cards), facts.cards.nodes)
-            return [problem(f"{what}, on a machine with {number} NVIDIA GPUs", TORCH_CURE)]
+            gpus = "GPU" if number == 1 else "GPUs"
+            level = note if facts.hidden else problem
+            return [level(f"{what}, on a machine with {number} NVIDIA {gpus}", TORCH_CURE)]
         return [ok(what)]
     return [ok(f"torch {facts.torch}, built for CUDA {facts.cuda}")]
 
@@ -127,9 +129,10 @@ def check_torch(facts: Facts) -> list[Finding]:
 def check_driver(facts: Facts) -> list[Finding]:
     """Does the driver answer, and is it new enough for torch's CUDA?"""
     found = []
-    if facts.cards.error and facts.has_driver:
+    if facts.cards.error:
         cure = "Start nvidia-smi by hand; a mismatch of driver and library is cured by a restart"
-        found.append(problem(f"nvidia-smi fails: {facts.cards.error}", cure))
+        level = problem if facts.has_driver or facts.cards.on_bus else note
+        found.append(level(f"nvidia-smi fails: {facts.cards.error}", cure))
     versions = {card.driver for card in facts.cards.cards}
     major = int((facts.cuda or "0").split(".")[0])
     newest = None if facts.driver_cuda is None else facts.driver_cuda // 1000
@@ -175,7 +178,8 @@ def check_visible(facts: Facts) -> list[Finding]:
         elif not word.isdecimal():
             wrong.append(f"'{word}' is neither a number nor a GPU-... or MIG-... name")
         elif number and int(word) >= number:
-            wrong.append(f"{word} is not one of 0 to {number - 1}")
+            there = f"one of 0 to {number - 1}" if number > 1 else "0, the only GPU"
+            wrong.append(f"{word} is not {there}")
     wrong += [f"{word} is there twice" for word, times in Counter(words).items() if times > 1]
     if not wrong:
         return [ok(said)]
@@ -192,7 +196,7 @@ def check_presence(facts: Facts) -> list[Finding]:
         if facts.cards.on_bus:
             return [
                 note(
-                    f"{facts.cards.on_bus} NVIDIA GPUs on the bus, but no driver shows them",
+                    f"the bus has NVIDIA GPUs ({facts.cards.on_bus}), but no driver shows them",
                     "Install the driver; in a container: --gpus all (NVIDIA Container Toolkit)",
                 )
             ]
@@ -218,7 +222,7 @@ def check_devices(facts: Facts) -> list[Finding]:
         )
         if device.error:
             cure = "Restart the machine where the GPU is lost; " + TORCH_CURE
-            if "memory" in device.error:
+            if "memory" in device.error or "busy" in device.error:
                 cure = "Stop the programs that use it (nvidia-smi lists them)"
             found.append(problem(f"{what}: a small product fails ({device.error})", cure))
         elif device.capability < LEAST_CAPABILITY:

@@ -20,6 +20,7 @@ from regmix.doctor.disk import FolderFacts, look_at
 from regmix.doctor.findings import Finding, Request, Subject, note, ok, problem
 
 LEAST_CACHE_BYTES = 1 << 30
+PLAIN = ("torch-", "reference")  # paths without a kernel of ours or of a library
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +193,12 @@ def check_paths(facts: Facts) -> list[Finding]:
         for operation, path in served.items():
             names.setdefault(path, []).append(operation)
         said = "; ".join(f"{path}: {', '.join(every)}" for path, every in names.items())
-        found.append(ok(f"{device} is served by {said}"))
+        what = f"{device} is served by {said}"
+        if device.startswith("cuda") and any(path.startswith(PLAIN) for path in names):
+            cure = "Mend Triton, if a line above says so; plain PyTorch gives the same, far slower"
+            found.append(note(what, cure))
+        else:
+            found.append(ok(what))
     return found
 
 

@@ -10,6 +10,7 @@ nothing.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -79,12 +80,14 @@ def torch_build() -> dict[str, Any]:
         torch.cuda.init()
     except Exception as error:
         cuda_error = str(error).splitlines()[0]
-    driver = getattr(torch._C, "_cuda_getDriverVersion", None)
+    driver_cuda = None
+    with contextlib.suppress(Exception):
+        driver_cuda = vars(torch._C)["_cuda_getDriverVersion"]()  # CUDA builds only
     return {
         "version": torch.__version__,
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
-        "driver_cuda": driver() if driver is not None else None,
+        "driver_cuda": driver_cuda,
         "cuda_error": cuda_error,
         "num_devices": torch.cuda.device_count(),
         "threads": torch.get_num_threads(),
