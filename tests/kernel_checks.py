@@ -7,6 +7,7 @@ elements. Imports torch only; nothing here starts an interpreter.
 from __future__ import annotations
 
 import torch
+import torch.utils.deterministic
 from torch import Tensor
 
 POISON = float("nan")
@@ -30,6 +31,12 @@ def normal(*size: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def poisoned(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return memory that must be written before it is read."""
     return torch.full(size, POISON, dtype=dtype)
+
+
+def poison_new_memory() -> None:
+    """Fill what torch.empty and its like return with NaN from now on, in this process."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 def strided(x: Tensor, room: int = 7) -> Tensor:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import torch
 from interpreted import run_interpreted
-from kernel_checks import assert_close, assert_same_bits, normal, poisoned, strided
+from kernel_checks import (
+    assert_close,
+    assert_same_bits,
+    normal,
+    poison_new_memory,
+    poisoned,
+    strided,
+)
 from regmix_kernels import reference
 
 DTYPES = (torch.float32, torch.float16)
@@ -126,6 +133,7 @@ def test_every_property_holds_in_the_interpreter() -> None:
 
 
 def everything() -> None:
+    poison_new_memory()
     sums_are_the_references()
     long_segments_are_summed_across_blocks()
     ignored_ids_and_empty_segments_touch_nothing()

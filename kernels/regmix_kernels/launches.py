@@ -58,25 +58,145 @@ def segment_sum(width: int, element_size: int) -> SegmentSum:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
-    """rows: rows of a tile; width: its columns, all of D; num_tiles: tiles of one program."""
+class Tile:
+    """rows and columns (`width`) of a tile."""
 
     rows: int
     width: int
-    num_tiles: int
     num_warps: int
 
 
-def rows(width: int) -> Rows:
-    """Return tiles of about 4,096 numbers, 32 a thread, each thread with loads of 16 bytes.
+# The sum of a column over programs: narrow, so that a width of 256 still makes 16 programs.
+COLUMN_SUM = Tile(rows=256, width=16, num_warps=4)
 
-    A program of rmsnorm's backward goes through `num_tiles` of them, at least 32 rows, so that its
-    partial sums of the weights' gradient stay small beside what it reads.
+
+def elementwise(width: int) -> Tile:
+    """Return tiles of 2,048 numbers; columns divide `width` where a power of 2 from 64 to 512 does.
+
+    16 numbers a thread are two loads of 16 bytes in bf16: enough in flight at full occupancy.
     """
+    columns = max((n for n in (64, 128, 256, 512) if width % n == 0), default=_power_of_2(width))
+    columns = min(512, columns)
+    return Tile(rows=max(1, 2048 // columns), width=columns, num_warps=4)
+
+
+def rows(width: int) -> Tile:
+    """Return tiles of whole rows, about 4,096 numbers, 32 a thread."""
     columns = max(16, _power_of_2(width))
     height = max(1, min(16, 4096 // columns))
-    num_warps = max(1, min(8, height * columns // 1024))
-    return Rows(rows=height, width=columns, num_tiles=max(4, 32 // height), num_warps=num_warps)
+    return Tile(rows=height, width=columns, num_warps=_warps(height * columns // 32))
+
+
+# Rows of one program of rmsnorm's backward: its sum for the weights' gradient is one float32 row
+# for 32 rows that it reads two or three times and writes once, and 8,192 tokens make 256 programs.
+BACKWARD_ROWS = 32
+
+
+def rows_backward(width: int) -> Tile:
+    """Return tiles of whole rows, about 2,048 numbers, 16 a thread: it keeps four such tiles."""
+    columns = max(16, _power_of_2(width))
+    height = max(1, min(16, 2048 // columns))
+    return Tile(rows=height, width=columns, num_warps=_warps(height * columns // 16))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """block: numbers taken at once, 8 a thread; num_blocks: blocks of one program."""
+
+    block: int
+    num_blocks: int
+    num_warps: int
+
+
+# 16,384 numbers a program: 27 million parameters make 1,654 partial sums, two blocks of them.
+NORM = Span(block=1024, num_blocks=16, num_warps=4)
+ADAMW = Span(block=1024, num_blocks=1, num_warps=4)
+
+
+def _warps(num_threads: int) -> int:
+    return max(1, min(8, num_threads // 32))
+
+
+# ---- head: linear + cross-entropy
+
+# Width and vocabulary of the presets and of the paper's models: what `cases` compile.
+HEAD_SHAPES = (
+    (32, 4096),
+    (64, 4096),
+    (64, 8192),
+    (128, 4096),
+    (256, 50432),
+    (768, 50432),
+    (2048, 50432),
+)
+# Beyond this width the sums of 128 tokens exceed the registers of 256 threads.
+MAX_FUSED_WIDTH = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadTile:
+    """tokens, vocabulary: the tile; width: columns held at once; parts: that make the width.
+
+    dealt: whether rows are dealt so that a warp stores what it computed (16-bit types only).
+    """
+
+    tokens: int
+    vocabulary: int
+    width: int
+    parts: int = 1
+    dealt: bool = True
+    num_warps: int = 8
+    num_stages: int = 3
+
+
+def head_stream(width: int, element_size: int, gpu: int, *, rescue: bool = False) -> HeadTile:
+    """Return the tile of the fused kernel: 128 tokens share each row of the head that is read.
+
+    Width 256 on an A100 goes in two parts: only then does every warp keep its own 16 rows in both
+    products, and p stays in registers. Widths up to 64 run two blocks on each multiprocessor. The
+    rescue walks twice in one kernel, so that it has fewer registers to give to a tile.
+    """
+    columns = max(16, _power_of_2(width))
+    if element_size > 2:
+        return HeadTile(
+            tokens=16, vocabulary=32, width=columns, dealt=False, num_warps=4, num_stages=2
+        )
+    parts = 2 if gpu == AMPERE and columns > 128 else 1
+    vocabulary = 128 if gpu == HOPPER and columns == 128 else 64
+    return HeadTile(
+        tokens=128,
+        vocabulary=32 if rescue else vocabulary,
+        width=columns // parts,
+        parts=parts,
+        num_stages=3 if gpu == HOPPER or columns <= 128 else 2,
+    )
+
+
+def head_sums(width: int, element_size: int, gpu: int) -> HeadTile:
+    """Return the tile of the loss alone: embeddings stay in shared memory up to a width of 256."""
+    columns = max(16, _power_of_2(width))
+    if element_size > 2:
+        return HeadTile(tokens=16, vocabulary=32, width=min(64, columns), num_warps=4, num_stages=2)
+    if columns > MAX_FUSED_WIDTH:
+        return HeadTile(tokens=128, vocabulary=128, width=64)
+    vocabulary = 64 if gpu == AMPERE and columns > 128 else 128
+    return HeadTile(tokens=128, vocabulary=vocabulary, width=columns, num_stages=2)
+
+
+def head_labels(width: int) -> Tile:
+    """Return rows of about 4,096 numbers, in which the labels are brought in."""
+    columns = max(16, _power_of_2(width))
+    return Tile(rows=max(1, 4096 // columns), width=columns, num_warps=4)
+
+
+def head_chunk(vocab_size: int) -> int:
+    """Return the tokens of a chunk of logits: 2^28 of them, 0.5 GiB in bf16, and whole tiles."""
+    return max(128, 2**28 // vocab_size // 128 * 128)
+
+
+def logits_row(vocab_size: int) -> Tile:
+    """Return the piece of a row of logits that one program has in registers, 16 a thread or 32."""
+    return Tile(rows=1, width=min(8192, max(16, _power_of_2(vocab_size))), num_warps=8)
 
 
 def _power_of_2(number: int) -> int:
