@@ -7,8 +7,9 @@ does not interpret (TRITON_INTERPRET unset): an interpreted function cannot be c
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import importlib
+import pkgutil
 import re
 import subprocess
 import tempfile
@@ -21,10 +22,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+CAPABILITIES = (80, 90)
 # Dynamic shared memory that one block can have, CUDA C++ programming guide, table of compute
 # capabilities: 163 KB and 227 KB.
 SHARED_LIMIT_BYTES = {80: 163 * 1024, 90: 227 * 1024}
-REGISTER_LIMIT = 255
 _WARP = 32
 
 
@@ -46,7 +47,7 @@ class Case:
     num_warps: int = 4
     num_stages: int = 2
     is_matrix: bool = False
-    capabilities: tuple[int, ...] = (80, 90)
+    capabilities: tuple[int, ...] = CAPABILITIES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,11 @@ class Report:
     stack_bytes: int
     num_spills: int
     opcodes: dict[str, int]
+
+    @property
+    def matrix_instructions(self) -> int:
+        """Instructions of the tensor cores, of any generation."""
+        return sum(self.opcodes.get(name, 0) for name in ("HMMA", "HGMMA", "QGMMA"))
 
     def faults(self, case: Case, capability: int) -> list[str]:
         """Return in words what must not be: spills, too much shared memory, old matrix code."""
@@ -98,10 +104,16 @@ def compile_case(case: Case, capability: int) -> Report:
     return _read(compiled.asm["cubin"], int(compiled.metadata.shared))
 
 
-def compile_all(cases: list[Case], capability: int) -> dict[str, Report]:
-    """Return the reports of all cases that are meant for `capability`, by name."""
-    wanted = [case for case in cases if capability in case.capabilities]
-    return {case.name: compile_case(case, capability) for case in wanted}
+def shipped(capability: int) -> list[Case]:
+    """Return every configuration of every kernel of this package that `capability` can run.
+
+    A module with kernels has a function `cases(capability)`.
+    """
+    package = importlib.import_module(__package__)
+    names = [f"{__package__}.{info.name}" for info in pkgutil.iter_modules(package.__path__)]
+    modules = [importlib.import_module(name) for name in names]
+    found = [case for m in modules if hasattr(m, "cases") for case in m.cases(capability)]
+    return [case for case in found if capability in case.capabilities]
 
 
 @functools.cache
@@ -131,18 +143,3 @@ def _disassemble(option: str, path: str) -> str:
     if done.returncode != 0:
         raise RuntimeError(f"cuobjdump {option}: {done.stderr.strip()}")
     return done.stdout
-
-
-def describe(case: Case, report: Report) -> dict[str, Any]:
-    """Return one flat row of a table: name, warps, stages and what the compiler made of it."""
-    row = dataclasses.asdict(report)
-    opcodes = row.pop("opcodes")
-    matrix = sum(opcodes.get(name, 0) for name in ("HMMA", "HGMMA", "QGMMA"))
-    return {
-        "case": case.name,
-        "num_warps": case.num_warps,
-        "num_stages": case.num_stages,
-        **row,
-        "matrix_instructions": matrix,
-        "exponentials": opcodes.get("MUFU", 0),
-    }
