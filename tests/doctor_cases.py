@@ -193,7 +193,7 @@ ILL: tuple[tuple[Any, str, str, str, str], ...] = (
             NATIVE,
             extension=None,
             in_source_tree=True,
-            sampler={"chosen": "numba", "reasons": {"native": "no module"}},
+            sampler={"chosen": "numba", "reasons": {"native": "native: no module"}},
         ),
         *("sampler", "note", "native: no module", "another folder"),
     ),
@@ -201,7 +201,7 @@ ILL: tuple[tuple[Any, str, str, str, str], ...] = (
         replace(
             NATIVE,
             extension=None,
-            sampler={"chosen": "numba", "reasons": {"native": "no module"}},
+            sampler={"chosen": "numba", "reasons": {"native": "native: no module"}},
         ),
         *("sampler", "note", "numba", "compiler"),
     ),
@@ -209,7 +209,7 @@ ILL: tuple[tuple[Any, str, str, str, str], ...] = (
         replace(
             NATIVE,
             extension=None,
-            sampler={"chosen": "numpy", "reasons": {"native": "none", "numba": "no LLVM"}},
+            sampler={"chosen": "numpy", "reasons": {"native": "none", "numba": "numba: no LLVM"}},
         ),
         *("sampler", "problem", "numba: no LLVM", "REGMIX_REQUIRE_NATIVE"),
     ),

@@ -114,7 +114,7 @@ def check_sampler(facts: Facts) -> list[Finding]:
         why = facts.failures.get("sampler") or facts.failures.get("probe") or "no answer"
         return [problem(f"no sampler backend could be loaded: {why}", "Install the package again")]
     chosen, reasons = facts.sampler["chosen"], facts.sampler["reasons"]
-    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    why = "; ".join(reasons.values())
     if chosen == "native" and Path(facts.extension or "").parent != Path(facts.worker_folder or ""):
         return [
             note(

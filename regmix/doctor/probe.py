@@ -48,7 +48,7 @@ def sampler() -> dict[str, Any]:
         except RegmixError as error:
             reasons[name] = error.what
         except Exception as error:
-            reasons[name] = f"{type(error).__name__}: {error}"
+            reasons[name] = f"{name}: {type(error).__name__}: {error}"
         else:
             break
     return {"chosen": next((n for n in BACKENDS if n not in reasons), None), "reasons": reasons}
