@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from regmix.cli.proposing import proposal_options
-from regmix.cli.training import TrainingDisplay, refuse_gpus, running_options
+from regmix.cli.training import TrainingDisplay, running_options
 
 if TYPE_CHECKING:
     from regmix.study import Study
@@ -30,7 +30,13 @@ _OF_ROUNDS = ("per_round", "rule", "seed", "target_tokens", "max_epochs")
 @click.option(
     "--stack-size",
     type=click.IntRange(min=1),
-    help="Proxies trained together; default: up to 16, the same for every worker.",
+    help="Proxies trained together; default: up to 16, the same for every worker; on GPUs as "
+    "many as fill one.",
+)
+@click.option(
+    "--micro-batch",
+    type=click.IntRange(min=1),
+    help="Sequences of a proxy that a GPU takes at a time; default: what fills it.",
 )
 @click.option(
     "--rounds",
@@ -54,6 +60,7 @@ def command(
     study: str | None,
     threads: int,
     stack_size: int | None,
+    micro_batch: int | None,
     rounds: int | None,
     per_round: int,
     rule: str | None,
@@ -71,15 +78,21 @@ def command(
     \b
     Examples:
       regmix-fast proxies study --workers 2
+      regmix-fast proxies study --gpus 8
       regmix-fast proxies study --rounds 5 --per-round 8
     """
     from regmix.cli.proposing import request_of, show_round
     from regmix.decision.active.rounds import read_rounds, train_in_rounds
-    from regmix.errors import RegmixError
+    from regmix.errors import ConfigError, RegmixError
     from regmix.study import Study, find_study
+    from regmix.swarm.gpus import find_gpus
     from regmix.swarm.sweep import SweepOptions
 
-    refuse_gpus(gpus)
+    if micro_batch is not None and gpus is None:
+        raise ConfigError(
+            "--micro-batch has no use without --gpus: the CPU takes the whole batch",
+            cure="Leave it out, or say how many GPUs to use: --gpus 1",
+        )
     if rounds is None:
         _refuse_without_rounds()
     request = request_of(
@@ -90,6 +103,8 @@ def command(
         num_workers=workers,
         threads=threads,
         stack_size=stack_size,
+        micro_batch=micro_batch,
+        gpus=find_gpus(gpus) if gpus else (),
         checkpoint_seconds=checkpoint_seconds,
     )
     to_propose = max(0, (rounds or 0) - len(read_rounds(opened)))
@@ -116,6 +131,8 @@ def command(
         paths = [opened.losses_path, opened.trajectories_path]
         tables = ", ".join(str(path) for path in paths if path.is_file())
         click.echo(f"{result.num_done} proxies have their losses: {tables}")
+        for line in result.remarks:
+            click.echo(f"  {line}", err=True)
         for name, why in result.failures:
             click.echo(f"  {name}: {why}", err=True)
     if result.num_pending:
@@ -137,11 +154,19 @@ def _train(study: Study, options: SweepOptions, *, dry_run: bool, as_json: bool)
     from regmix.display import count
     from regmix.swarm.sweep import run_sweep
 
-    remark = f"{options.workers} workers"
+    remark = _words(options)
     if study.config.target_tokens is not None:
         remark += f", pools as of a run of {count(study.config.target_tokens)} tokens"
     with TrainingDisplay("proxies", dry_run=dry_run, as_json=as_json, remark=remark) as display:
         return run_sweep(study, options, on_start=display.on_start, on_event=display.on_event)
+
+
+def _words(options: SweepOptions) -> str:
+    """Return where proxies are trained, in words."""
+    if not options.gpus:
+        return f"{options.workers} workers"
+    names = sorted({gpu.name for gpu in options.gpus})
+    return f"{len(options.gpus)} x {', '.join(names)}"
 
 
 def _announce(study: Study, num_rounds: int, per_round: int) -> None:

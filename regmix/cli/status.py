@@ -27,12 +27,14 @@ def command(study: str | None, as_json: bool) -> None:
         num_proxies += len(ScheduleTable.read_csv(opened.schedules_path))
     counts = {"done": 0, "failed": 0}
     failures = []
+    remarks: list[tuple[int, str]] = []
     if opened.ledger_path.exists():
         with Ledger(opened.ledger_path) as ledger:
             for row in ledger.proxies():
                 counts[row.state] = counts.get(row.state, 0) + 1
                 if row.error:
                     failures.append((row.index, row.error))
+            remarks = ledger.remarks()
     counts["pending"] = num_proxies - counts["done"] - counts["failed"]
     parts = {
         "fit": (opened.surrogate_path / "fit.json").exists(),
@@ -41,15 +43,15 @@ def command(study: str | None, as_json: bool) -> None:
     }
     models = sorted(p.parent.name for p in opened.models_path.glob("*/summary.json"))
     if as_json:
-        state = {"proxies": counts, "failures": failures, "models": models, **parts}
-        click.echo(json.dumps(state))
+        proxies = {"proxies": counts, "failures": failures, "remarks": remarks}
+        click.echo(json.dumps({**proxies, "models": models, **parts}))
         return
     click.echo(
         f"{num_proxies} proxies: {counts['done']} done, {counts['pending']} pending, "
         f"{counts['failed']} failed"
     )
-    for index, error in failures:
-        click.echo(f"  proxy {index}: {error}")
+    for index, words in [*failures, *remarks]:
+        click.echo(f"  proxy {index}: {words}")
     for name, done in parts.items():
         click.echo(f"{name}: {'done' if done else 'not yet'}")
     click.echo(f"models: {', '.join(models) or 'none yet'}")

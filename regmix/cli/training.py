@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,8 +18,8 @@ import click
 if TYPE_CHECKING:
     from regmix.display import Progress
     from regmix.swarm.cost import Cost
-    from regmix.swarm.executors import Event
-    from regmix.swarm.sweep import Tally
+    from regmix.swarm.events import Event
+    from regmix.swarm.tally import Tally
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -93,6 +94,8 @@ class TrainingDisplay:
         from regmix.display import Progress
 
         click.echo(f"Cost: {cost} ({self.remark})", err=True)
+        for line in cost.remarks:
+            click.echo(line, err=True)
         if self.dry_run:
             if self.as_json:
                 click.echo(json.dumps(dataclasses.asdict(cost)))
@@ -100,16 +103,24 @@ class TrainingDisplay:
         self._progress = Progress(self.title, total=tally.total_tokens, unit="tokens")
         self._progress.__enter__()
 
-    def on_event(self, _event: Event, tally: Tally) -> None:
-        """Show how far it is."""
+    def on_event(self, event: Event, tally: Tally) -> None:
+        """Show how far it is, and say what happens to GPUs."""
         from regmix.display import count
+        from regmix.swarm.events import Replaced, Retired
 
         assert self._progress is not None
+        if isinstance(event, Replaced):
+            # Above the live line: rich takes what is printed meanwhile.
+            print(event.remark, file=sys.stderr, flush=True)
+        elif isinstance(event, Retired):
+            print(event, file=sys.stderr, flush=True)
+        in_use = {"GPUs": tally.num_gpus} if tally.num_gpus else {}
         self._progress.update(
             tally.tokens,
             models=f"{tally.models_done}/{tally.num_models}",
             speed=f"{count(tally.tokens_per_second)} tokens/s",
             loss=f"{tally.loss_nats:.3f} nats",
+            **in_use,
         )
 
     def __enter__(self) -> TrainingDisplay:
@@ -126,20 +137,15 @@ class TrainingDisplay:
 
 
 def refuse_gpus(gpus: int | None) -> None:
-    """Raise where the GPUs that were asked for cannot be used, saying how to go on."""
+    """Raise where GPUs are asked for: a large model is trained on the CPU in this version."""
     if gpus is None:
         return
-    import torch
-
     from regmix.errors import StudyError
+    from regmix.swarm.gpus import refuse_too_many
 
-    found = torch.cuda.device_count()
-    if gpus > found:
-        raise StudyError(
-            f"--gpus {gpus}: this machine has {found} GPUs",
-            cure="Leave --gpus out to train on the CPU" if not found else f"Use --gpus {found}",
-        )
+    refuse_too_many(gpus)
     raise StudyError(
-        f"--gpus {gpus}: this version trains on the CPU only",
-        cure="Leave --gpus out; the GPU engine comes with a later version",
+        f"--gpus {gpus}: large models are trained on the CPU only in this version; proxies can "
+        "use GPUs",
+        cure="Leave --gpus out to train here on the CPU, or `export` the mixture to your trainer",
     )

@@ -1,8 +1,9 @@
 """What training some stacks will cost, before it starts.
 
-Enters: the jobs and the number of workers. Leaves: tokens, time, memory and disk, and a refusal
-where memory or disk cannot fit. The speed is measured on a few steps of the first stack's own
-shape, on this machine, just before.
+Enters: the jobs, the number of workers and the GPUs. Leaves: tokens, time, memory and disk, and a
+refusal where memory or disk cannot fit. The speed is measured on a few steps of the first stack's
+own shape, on this machine, just before; on a GPU in a process of its own, and where that fails it
+is predicted, and said to be.
 """
 
 from __future__ import annotations
@@ -18,79 +19,161 @@ from regmix.display import count, duration, size
 from regmix.errors import StorageError, StudyError
 from regmix.files import free_bytes
 from regmix.swarm.engine import StackJob, StackTrainer
+from regmix.swarm.gpus import Gpu, ProbeError
+from regmix.swarm.gpus import measure_tokens_per_second as measure_on_gpu
+from regmix.swarm.placement import gpu_memory_bytes
 
 if TYPE_CHECKING:
     from regmix.data.shards import ShardSet
 
 # Python, torch and its allocator, before the first parameter (measured 330 MB on Linux x86_64).
 WORKER_BASE_BYTES = 400_000_000
+# The same with CUDA's libraries and pinned buffers. An estimate, not measured.
+GPU_WORKER_BASE_BYTES = 3_000_000_000
 PROBE_MEMBERS = 4
 PROBE_SECONDS = 1.0
+
+# For predictions: dense bfloat16 FLOP/s by the GPU's name, the part of it that is assumed to be
+# reached, and the least time of a step, in which a GPU starts its kernels. None is measured.
+_PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
+_ASSUMED_PART = 0.3
+_LEAST_STEP_SECONDS = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """tokens over all models; seconds expected; memory and disk bytes needed at once."""
+    """tokens over all models; seconds expected; memory and disk bytes needed at once.
+
+    seconds: None where it could be neither measured nor predicted; is_predicted: it was not
+    measured. gpu_memory_bytes: of each GPU, 0 without one. remarks: what a person should know.
+    """
 
     num_models: int
     tokens: int
-    seconds: float
+    seconds: float | None
     memory_bytes: int
     disk_bytes: int
+    gpu_memory_bytes: int = 0
+    is_predicted: bool = False
+    remarks: tuple[str, ...] = ()
 
     def __str__(self) -> str:
+        time_ = "an unknown time" if self.seconds is None else f"about {duration(self.seconds)}"
+        if self.is_predicted and self.seconds is not None:
+            time_ += " (predicted, not measured)"
+        gpu = f"{size(self.gpu_memory_bytes)} of each GPU, " if self.gpu_memory_bytes else ""
         return (
-            f"{self.num_models} models, {count(self.tokens)} tokens, "
-            f"about {duration(self.seconds)}, {size(self.memory_bytes)} of memory, "
-            f"{size(self.disk_bytes)} of disk"
+            f"{self.num_models} models, {count(self.tokens)} tokens, {time_}, {gpu}"
+            f"{size(self.memory_bytes)} of memory, {size(self.disk_bytes)} of disk"
         )
 
 
 def estimate(
-    jobs: Sequence[StackJob], shards: ShardSet, *, num_workers: int, kept_bytes: int = 0
+    jobs: Sequence[StackJob],
+    shards: ShardSet,
+    *,
+    num_workers: int,
+    kept_bytes: int = 0,
+    gpus: Sequence[Gpu] = (),
 ) -> Cost:
-    """Return what `jobs` will cost; the speed is measured for about a second.
+    """Return what `jobs` will cost; the speed is measured for some seconds.
 
     Raises `StudyError` or `StorageError`, before anything large is allocated, where this machine's
     memory or disk cannot hold the run.
 
-    kept_bytes: bytes per model that stay on disk after the run.
+    num_workers: processes for jobs of the CPU. kept_bytes: bytes per model that stay on disk after
+    the run.
     """
-    tokens = sum(job.training.tokens * len(job.members) for job in jobs)
     num_models = sum(len(job.members) for job in jobs)
     if not jobs:
         return Cost(num_models=0, tokens=0, seconds=0.0, memory_bytes=0, disk_bytes=0)
+    on_cpu = [job for job in jobs if job.device == "cpu"]
+    on_gpu = [job for job in jobs if job.device != "cpu"]
     cost = Cost(
         num_models=num_models,
-        tokens=tokens,
+        tokens=_tokens(jobs),
         seconds=0.0,
-        memory_bytes=memory_needed(jobs, num_workers),
-        disk_bytes=disk_needed(jobs, num_workers) + num_models * kept_bytes,
+        memory_bytes=memory_needed(on_cpu, num_workers) + memory_needed(on_gpu, len(gpus)),
+        disk_bytes=disk_needed(on_cpu, num_workers)
+        + disk_needed(on_gpu, len(gpus))
+        + num_models * kept_bytes,
+        gpu_memory_bytes=max((job_gpu_memory_bytes(job) for job in on_gpu), default=0),
     )
     # Before the probe: it is a small stack, but of the same shape and batch.
     refuse_if_too_large(cost, Path(jobs[0].folder))
-    rate = measure_tokens_per_second(jobs[0], shards) * min(num_workers, len(jobs))
-    return dataclasses.replace(cost, seconds=tokens / rate)
+    seconds, is_predicted, remarks = _gpu_seconds(on_gpu, gpus)
+    if on_cpu:
+        rate = measure_tokens_per_second(on_cpu[0], shards) * min(num_workers, len(on_cpu))
+        # Both go on at the same time.
+        seconds = None if seconds is None else max(seconds, _tokens(on_cpu) / rate)
+    return dataclasses.replace(cost, seconds=seconds, is_predicted=is_predicted, remarks=remarks)
+
+
+def _tokens(jobs: Sequence[StackJob]) -> int:
+    return sum(job.training.tokens * len(job.members) for job in jobs)
+
+
+def _gpu_seconds(
+    jobs: Sequence[StackJob], gpus: Sequence[Gpu]
+) -> tuple[float | None, bool, tuple[str, ...]]:
+    """Return the seconds that jobs take on the GPUs, whether predicted, and remarks."""
+    if not jobs or not gpus:
+        return 0.0, False, ()
+    rate: float | None
+    remarks: tuple[str, ...] = ()
+    try:
+        rate = measure_on_gpu(jobs[0], gpus[0])
+    except ProbeError as error:
+        rate = predicted_tokens_per_second(jobs[0], gpus[0])
+        remarks = (f"The speed could not be measured: {error}",)
+    if rate is None:
+        return None, True, remarks
+    return _tokens(jobs) / (rate * min(len(gpus), len(jobs))), bool(remarks), remarks
+
+
+def predicted_tokens_per_second(job: StackJob, gpu: Gpu) -> float | None:
+    """Return what a GPU may reach; None where it is none of those that are known.
+
+    A part of its peak, but no step in less than a millisecond for each of its micro-steps.
+    """
+    peak = next((flops for name, flops in _PEAK_FLOPS.items() if name in gpu.name), None)
+    if peak is None:
+        return None
+    training = job.training
+    tokens = len(job.members) * training.batch_size * training.shape.seq_len
+    num_micro_steps = training.batch_size // (job.micro_batch or training.batch_size)
+    seconds = tokens * training.shape.flops_per_token() / (_ASSUMED_PART * peak)
+    return tokens / (seconds + num_micro_steps * _LEAST_STEP_SECONDS)
+
+
+def job_gpu_memory_bytes(job: StackJob) -> int:
+    """Return what a job takes of its GPU's memory."""
+    training = job.training
+    micro_batch = job.micro_batch or training.batch_size
+    return gpu_memory_bytes(training.shape, len(job.members), micro_batch)
 
 
 def memory_needed(jobs: Sequence[StackJob], num_workers: int) -> int:
-    """Return the bytes that all workers need at once."""
+    """Return the bytes of this machine's memory that all workers need at once."""
     needs = []
     for job in jobs:
         training, members = job.training, len(job.members)
         shape = training.shape
         # Parameters, two moments, gradients of a few members, and a checkpoint being written.
         state = 7 * 4 * members * shape.num_parameters
+        steps = 4 * members * training.num_steps
+        if job.device != "cpu":
+            needs.append(GPU_WORKER_BASE_BYTES + state + steps)
+            continue
         # Activations that stay for the backward: some 12 widths and 5 hiddens a layer, attention
         # weights, for the members that are trained at a time; and the head's chunk of logits.
         batch_tokens = training.batch_size * shape.seq_len
         per_token = shape.num_layers * (12 * shape.width + 5 * shape.hidden)
         per_token += shape.num_layers * shape.num_heads * shape.seq_len + 4 * shape.width
         activations = 4 * batch_tokens * per_token
-        steps = 4 * members * training.num_steps
-        needs.append(state + activations + steps)
+        needs.append(WORKER_BASE_BYTES + state + activations + steps)
     needs.sort(reverse=True)
-    return sum(WORKER_BASE_BYTES + need for need in needs[: max(1, num_workers)])
+    return sum(needs[: max(1, num_workers)])
 
 
 def disk_needed(jobs: Sequence[StackJob], num_workers: int) -> int:

@@ -1,124 +1,85 @@
-"""Where stacks are trained: local worker processes, each with its own stacks.
+"""Where stacks are trained: worker processes on this machine, on its cores or one on each GPU.
 
-Enters: stack jobs. Leaves: events, as they happen: progress, done, failed. A worker that dies is
-replaced and its stack goes on from its last checkpoint. Ctrl-C and SIGTERM let every worker write
-a checkpoint first. Knows no ledger and no study.
+Enters: stack jobs. Leaves: events, as they happen (`events.py`). Every slot, a core's share or a
+GPU, takes the next job made for it as soon as it is free. A worker that dies is replaced and its
+stack goes on from its last checkpoint. A GPU that is lost is retired and its stack goes on
+elsewhere. A stack that runs out of GPU memory is replaced by what the caller says. Ctrl-C and
+SIGTERM let every worker write a checkpoint first. Knows no ledger and no study.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import queue
 import signal
-import subprocess
-import sys
 import threading
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from regmix.errors import StudyError
-from regmix.files import storage_errors
+from regmix.errors import RegmixError, StudyError
 from regmix.swarm.engine import CHECKPOINT_SECONDS, StackJob
+from regmix.swarm.events import Done, Event, Failed, Progress, Replaced, Retired
+from regmix.swarm.processes import WORKER_MODULE, WorkerProcess, WorkerSetup, worker_processes
+
+__all__ = [
+    "Done",
+    "Event",
+    "Failed",
+    "LocalExecutor",
+    "Progress",
+    "Replaced",
+    "Retired",
+    "stack_jobs",
+    "worker_processes",
+]
 
 MAX_ATTEMPTS = 3
+# Deaths in a row without a finished step after which a GPU is taken to be lost.
+MAX_STRIKES = 2
 STOP_PATIENCE_SECONDS = 60.0
 
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """A stack is at `step`, its members' mean training loss is `loss_nats`."""
-
-    job: StackJob
-    step: int
-    loss_nats: float
-    tokens_per_second: float
+# What takes the place of a stack that ran out of GPU memory, and a remark that says so.
+Replace = Callable[[StackJob], tuple[Sequence[StackJob], str]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Done:
-    """A stack is trained; `result` is the table that `worker.train_job` describes."""
-
-    job: StackJob
-    result: dict[str, Any]
+def _refuse_to_replace(job: StackJob) -> tuple[Sequence[StackJob], str]:
+    raise StudyError(
+        f"stack {job.name} ran out of its GPU's memory", cure="Give a smaller --stack-size"
+    )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Failed:
-    """A stack could not be trained."""
+class _Slot:
+    """A place for one worker: a share of the cores, or one GPU.
 
-    job: StackJob
-    what: str
-    cure: str
+    struck: the jobs of the last deaths in a row that came before any finished step.
+    """
 
-
-Event = Progress | Done | Failed
-
-
-class _WorkerProcess:
-    """One worker, the job that it holds, and the thread that reads its messages."""
-
-    def __init__(
-        self, number: int, inbox: queue.Queue, threads: int, logs: Path, inherited: int | None
-    ) -> None:
-        self.number, self.alive = number, True
+    def __init__(self, number: int, gpu: str | None) -> None:
+        self.number, self.gpu = number, gpu
+        self.worker: WorkerProcess | None = None
         self.job: StackJob | None = None
-        environment = {
-            **os.environ,
-            "PYTHONSAFEPATH": "1",
-            # Threads that spin while they wait take the core of another process's thread.
-            "OMP_WAIT_POLICY": "passive",
-            "OMP_NUM_THREADS": str(threads),
-            "MKL_NUM_THREADS": str(threads),
-        }
-        with storage_errors(logs):
-            logs.mkdir(parents=True, exist_ok=True)
-            self.log_path = logs / f"worker-{number}.log"
-            log = open(self.log_path, "ab")  # noqa: SIM115 - the child keeps it
-        try:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "regmix.swarm.worker"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env=environment,
-                start_new_session=True,
-                pass_fds=() if inherited is None else (inherited,),
-            )
-        finally:
-            log.close()
-        threading.Thread(target=self._read, args=(inbox,), daemon=True).start()
+        self.has_stepped = self.is_retired = False
+        self.struck: list[str] = []
 
-    def _read(self, inbox: queue.Queue) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            try:
-                message = json.loads(line)
-            except ValueError:
-                continue
-            inbox.put((self, message))
-        inbox.put((self, None))
+    @property
+    def device(self) -> str:
+        return "cpu" if self.gpu is None else "cuda"
 
-    def send(self, message: dict[str, Any]) -> None:
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(json.dumps(message).encode() + b"\n")
-            self.process.stdin.flush()
-        except OSError:
-            # The worker is gone; its reader says so.
-            return
+    @property
+    def is_free(self) -> bool:
+        return not self.is_retired and self.job is None
 
 
 class LocalExecutor:
     """Worker processes on this machine, one stack each at a time.
 
-    num_workers: processes; threads: intra-op threads of each. logs: folder of their stderr.
-    inherited: a descriptor (the study's lock) that stays open as long as a worker lives.
-    checkpoint_seconds: time between two checkpoints of a stack; it changes no result.
+    num_workers: processes for jobs of the CPU; threads: intra-op threads of each worker.
+    gpus: what `CUDA_VISIBLE_DEVICES` calls the GPUs that jobs of device "cuda" may use.
+    logs: folder of the workers' stderr. inherited: a descriptor (the study's lock) that stays open
+    as long as a worker lives. checkpoint_seconds: time between two checkpoints of a stack; it
+    changes no result. worker_module: what a worker runs.
     """
 
     def __init__(
@@ -129,105 +90,211 @@ class LocalExecutor:
         logs: Path,
         inherited: int | None = None,
         checkpoint_seconds: float = CHECKPOINT_SECONDS,
+        gpus: Sequence[str] = (),
+        worker_module: str = WORKER_MODULE,
     ) -> None:
-        self.num_workers, self.threads = num_workers, threads
         self.checkpoint_seconds = checkpoint_seconds
-        self.logs, self.inherited = logs, inherited
-        self._inbox: queue.Queue = queue.Queue()
-        self._workers: list[_WorkerProcess] = []
+        self._setup = WorkerSetup(
+            threads=threads, logs=logs, inherited=inherited, module=worker_module
+        )
+        places = [*gpus, *[None] * num_workers]
+        self._slots = [_Slot(number, gpu) for number, gpu in enumerate(places)]
+        self._inbox: queue.Queue[tuple[WorkerProcess, dict[str, Any] | None]] = queue.Queue()
         self._waiting: deque[StackJob] = deque()
-        self._attempts: dict[str, int] = {}
+        self._attempts: Counter[str] = Counter()
+        self._broke: defaultdict[str, set[str]] = defaultdict(set)
+        self._remaining = 0
+        self._why_retired = "none was given"
+        self._on_event: Callable[[Event], None] = lambda _: None
+        self._replace: Replace = _refuse_to_replace
 
-    def run(self, jobs: Sequence[StackJob], on_event: Callable[[Event], None]) -> None:
-        """Train all jobs, longest first; `KeyboardInterrupt` after a clean stop."""
-        jobs = sorted(jobs, key=lambda job: -job.training.tokens * len(job.members))
-        self._waiting.extend(jobs)
-        remaining = len(jobs)
+    def run(
+        self,
+        jobs: Sequence[StackJob],
+        on_event: Callable[[Event], None],
+        replace: Replace = _refuse_to_replace,
+    ) -> None:
+        """Train all jobs, longest first; `KeyboardInterrupt` after a clean stop.
+
+        replace: called where a stack ran out of GPU memory, once its worker holds nothing any
+        more; returns the jobs in its place and a remark, or raises `RegmixError`: it has failed.
+        """
+        self._on_event, self._replace = on_event, replace
+        self._waiting.extend(sorted(jobs, key=lambda job: -job.training.tokens * len(job.members)))
+        self._remaining = len(jobs)
         previous = _raise_on_sigterm()
         try:
-            for number in range(min(self.num_workers, len(jobs))):
-                self._start_worker(number)
-            while remaining:
+            self._hand_out()
+            while self._remaining:
                 worker, message = self._inbox.get()
-                event = self._handle(worker, message)
-                if event is not None:
-                    on_event(event)
-                    remaining -= not isinstance(event, Progress)
+                slot = next((slot for slot in self._slots if slot.worker is worker), None)
+                if slot is not None:
+                    self._handle(slot, message)
+                    self._hand_out()
         except KeyboardInterrupt:
             self._stop()
             raise
         finally:
             if previous is not None:
                 signal.signal(signal.SIGTERM, previous)
-            for worker in self._workers:
-                worker.process.kill()
-                worker.process.wait()
-            self._workers.clear()
+            for worker in self._workers():
+                worker.kill()
 
-    def _start_worker(self, number: int) -> None:
-        worker = _WorkerProcess(number, self._inbox, self.threads, self.logs, self.inherited)
-        self._workers.append(worker)
-        self._hand_out(worker)
+    def _workers(self) -> list[WorkerProcess]:
+        return [slot.worker for slot in self._slots if slot.worker is not None]
 
-    def _hand_out(self, worker: _WorkerProcess) -> None:
-        worker.job = self._waiting.popleft() if self._waiting else None
-        if worker.job is not None:
-            name = worker.job.name
-            self._attempts[name] = self._attempts.get(name, 0) + 1
-            table = worker.job.to_table()
-            worker.send({"job": table, "checkpoint_seconds": self.checkpoint_seconds})
+    def _hand_out(self) -> None:
+        """Give every free slot a job made for it; fail the jobs that no slot can take."""
+        self._fail_stranded()
+        for slot in self._slots:
+            if slot.is_free and (job := self._take(slot)) is not None:
+                if slot.worker is None:
+                    slot.worker = WorkerProcess(slot.number, slot.gpu, self._inbox, self._setup)
+                slot.job, slot.has_stepped = job, False
+                self._attempts[job.name] += 1
+                order = {"job": job.to_table(), "checkpoint_seconds": self.checkpoint_seconds}
+                slot.worker.send(order)
 
-    def _handle(self, worker: _WorkerProcess, message: dict[str, Any] | None) -> Event | None:
-        if message is None:
-            return self._bury(worker)
-        job = worker.job
-        if job is None:
-            return None
-        if "progress" in message:
-            return Progress(
-                job=job,
-                step=message["step"],
-                loss_nats=message["loss_nats"] or float("nan"),
-                tokens_per_second=message["tokens_per_second"],
-            )
-        if "done" in message:
-            self._hand_out(worker)
-            return Done(job=job, result=message["result"])
-        if "failed" in message:
-            self._hand_out(worker)
-            return Failed(job=job, what=message["what"], cure=message["cure"])
+    def _take(self, slot: _Slot) -> StackJob | None:
+        """Return the next job for a slot; one that died there waits for another slot, if any."""
+        others = [
+            other
+            for other in self._slots
+            if other.device == slot.device and not other.is_retired and other is not slot
+        ]
+        for job in self._waiting:
+            died_here = job.name in slot.struck
+            elsewhere = any(job.name not in other.struck for other in others)
+            if job.device == slot.device and not (died_here and elsewhere):
+                self._waiting.remove(job)
+                return job
         return None
 
-    def _bury(self, worker: _WorkerProcess) -> Event | None:
-        if not worker.alive:
-            return None
-        worker.alive = False
-        code = worker.process.wait()
-        self._workers.remove(worker)
-        job = worker.job
+    def _fail_stranded(self) -> None:
+        devices = {slot.device for slot in self._slots if not slot.is_retired}
+        for job in [job for job in self._waiting if job.device not in devices]:
+            self._waiting.remove(job)
+            self._end(
+                Failed(
+                    job=job,
+                    what=f"stack {job.name}: no GPU is left that works ({self._why_retired})",
+                    cure="See the workers' logs and what the driver says (nvidia-smi); leave a "
+                    "broken GPU out with CUDA_VISIBLE_DEVICES. What was trained is kept",
+                )
+            )
+
+    def _end(self, event: Done | Failed) -> None:
+        self._remaining -= 1
+        self._on_event(event)
+
+    def _handle(self, slot: _Slot, message: dict[str, Any] | None) -> None:
+        if message is None:
+            self._bury(slot)
+            return
+        job = slot.job
         if job is None:
-            return None
-        if self._attempts[job.name] < MAX_ATTEMPTS:
+            return
+        if "progress" in message:
+            loss = message["loss_nats"]
+            if loss is not None:
+                # Only a step that this worker finished has a loss.
+                slot.has_stepped = True
+                slot.struck.clear()
+            self._on_event(
+                Progress(
+                    job=job,
+                    step=message["step"],
+                    loss_nats=float("nan") if loss is None else loss,
+                    tokens_per_second=message["tokens_per_second"],
+                )
+            )
+        elif "done" in message:
+            slot.job = None
+            slot.struck.clear()
+            self._end(Done(job=job, result=message["result"]))
+        elif "failed" in message:
+            slot.job = None
+            self._end(Failed(job=job, what=message["what"], cure=message["cure"]))
+        elif "out_of_memory" in message:
+            self._dismiss(slot)
+            self._shrink(job)
+        elif "broken" in message:
+            _, log_path = self._dismiss(slot)
+            if message["lost"]:
+                self._lose(slot, job, message["what"])
+            else:
+                self._count_death(slot, job, message["what"], log_path)
+
+    def _bury(self, slot: _Slot) -> None:
+        job = slot.job
+        code, log_path = self._dismiss(slot)
+        if job is not None:
+            self._count_death(slot, job, f"exit code {code}", log_path)
+
+    def _dismiss(self, slot: _Slot) -> tuple[int | None, Path]:
+        """Wait for the end of a worker that leaves, so that its GPU's memory is free again."""
+        assert slot.worker is not None
+        code, log_path = slot.worker.wait(), slot.worker.log_path
+        slot.worker = slot.job = None
+        return code, log_path
+
+    def _shrink(self, job: StackJob) -> None:
+        try:
+            parts, remark = self._replace(job)
+        except RegmixError as error:
+            self._end(Failed(job=job, what=error.what, cure=error.cure))
+            return
+        self._waiting.extendleft(reversed(parts))
+        self._remaining += len(parts) - 1
+        self._on_event(Replaced(job=job, parts=tuple(parts), remark=remark))
+
+    def _lose(self, slot: _Slot, job: StackJob, why: str) -> None:
+        """A worker said that its GPU is lost: the job goes on elsewhere, and is not blamed."""
+        assert slot.gpu is not None
+        self._retire(slot, why)
+        self._attempts[job.name] -= 1
+        self._broke[job.name].add(slot.gpu)
+        if len(self._broke[job.name]) < MAX_ATTEMPTS:
             self._waiting.appendleft(job)
-            self._start_worker(worker.number)
-            return None
-        if self._waiting:
-            self._start_worker(worker.number)
-        return Failed(
-            job=job,
-            what=f"stack {job.name}: its worker died {MAX_ATTEMPTS} times (exit code {code})",
-            cure=f"See {worker.log_path}; a negative code is a signal, -9 often means memory ran "
-            "out: use fewer --workers or a smaller --stack-size",
-        )
+            return
+        what = f"stack {job.name}: {MAX_ATTEMPTS} GPUs were lost while they trained it ({why})"
+        self._end(Failed(job=job, what=what, cure="See the workers' logs and the driver's"))
+
+    def _count_death(self, slot: _Slot, job: StackJob, why: str, log_path: Path) -> None:
+        """A worker died: after some deaths it is the job's fault, or the GPU's."""
+        if slot.gpu is not None and not slot.has_stepped:
+            slot.struck.append(job.name)
+        if self._attempts[job.name] >= MAX_ATTEMPTS:
+            for other in self._slots:
+                other.struck = [name for name in other.struck if name != job.name]
+            cure = (
+                f"See {log_path}; a negative code is a signal, -9 often means memory ran out: use "
+            )
+            cure += "fewer --workers or " if slot.gpu is None else ""
+            self._end(
+                Failed(
+                    job=job,
+                    what=f"stack {job.name}: its worker died {MAX_ATTEMPTS} times ({why})",
+                    cure=f"{cure}a smaller --stack-size",
+                )
+            )
+            return
+        self._waiting.appendleft(job)
+        if len(slot.struck) >= MAX_STRIKES:
+            self._attempts.subtract(slot.struck)
+            self._retire(slot, f"{MAX_STRIKES} workers died on it without a step ({why})")
+
+    def _retire(self, slot: _Slot, what: str) -> None:
+        assert slot.gpu is not None
+        slot.is_retired, self._why_retired = True, what
+        left = sum(other.gpu is not None and not other.is_retired for other in self._slots)
+        self._on_event(Retired(gpu=slot.gpu, what=what, num_left=left))
 
     def _stop(self) -> None:
-        for worker in self._workers:
+        for worker in self._workers():
             worker.send({"stop": True})
-        for worker in self._workers:
-            try:
-                worker.process.wait(STOP_PATIENCE_SECONDS)
-            except subprocess.TimeoutExpired:
-                worker.process.kill()
+        for worker in self._workers():
+            worker.wait(STOP_PATIENCE_SECONDS)
 
 
 def _raise_on_sigterm() -> Any:
@@ -264,18 +331,3 @@ def stack_jobs(
         stacks.append(list(members[start:end]))
         start = end
     return stacks
-
-
-def worker_processes(coordinator: int) -> list[int]:
-    """Return the process ids of a coordinator's living workers (Linux; elsewhere none)."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (entry / "cmdline").read_bytes().split(b"\0")
-            # pid (name) state ppid: the name may hold spaces, so count from its last bracket.
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-        except (OSError, ValueError, IndexError):
-            continue
-        if parent == coordinator and b"regmix.swarm.worker" in words:
-            found.append(int(entry.name))
-    return sorted(found)

@@ -33,6 +33,11 @@ CREATE TABLE losses (proxy INTEGER NOT NULL REFERENCES proxies(proxy), step INTE
                      target TEXT NOT NULL, loss_nats REAL NOT NULL,
                      PRIMARY KEY (proxy, step, target));
 """
+# Made with the first remark: a ledger without it is as good, and read without being written to.
+_REMARKS = """
+CREATE TABLE IF NOT EXISTS remarks (proxy INTEGER NOT NULL REFERENCES proxies(proxy),
+                                    remark TEXT NOT NULL)
+"""
 
 
 @dataclass(frozen=True)
@@ -110,15 +115,48 @@ class Ledger:
         """Store new stacks and their proxies as pending, before any of them is trained."""
         with self._transaction():
             for job in jobs:
-                self._db.execute(
-                    "INSERT INTO stacks (name, job, state) VALUES (?, ?, 'pending')",
-                    [job.name, json.dumps(job.to_table())],
-                )
+                self._add_stack(job)
                 self._db.executemany(
                     "INSERT INTO proxies (proxy, stack, state, weights) "
                     "VALUES (?, ?, 'pending', ?)",
                     [(int(m.name), job.name, json.dumps(m.weights)) for m in job.members],
                 )
+
+    def _add_stack(self, job: StackJob) -> None:
+        self._db.execute(
+            "INSERT INTO stacks (name, job, state) VALUES (?, ?, 'pending')",
+            [job.name, json.dumps(job.to_table())],
+        )
+
+    def replace_stack(
+        self, job: StackJob, parts: Sequence[StackJob], remark: str | None = None
+    ) -> None:
+        """Put stacks with the same members in the place of one, all at once or not at all.
+
+        remark: kept for every member, as something about how its losses came about.
+        """
+        with self._transaction():
+            self._db.execute(_REMARKS)
+            self._db.execute("DELETE FROM stacks WHERE name = ?", [job.name])
+            for part in parts:
+                self._add_stack(part)
+                self._db.executemany(
+                    "UPDATE proxies SET stack = ? WHERE proxy = ?",
+                    [(part.name, int(member.name)) for member in part.members],
+                )
+            if remark is not None:
+                self._db.executemany(
+                    "INSERT INTO remarks VALUES (?, ?)",
+                    [(int(member.name), remark) for member in job.members],
+                )
+
+    def remarks(self) -> list[tuple[int, str]]:
+        """Return (proxy, remark) of what a person should know of proxies, in order."""
+        query = "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = 'remarks'"
+        if not self._db.execute(query).fetchone()[0]:
+            return []
+        rows = self._db.execute("SELECT proxy, remark FROM remarks ORDER BY proxy, rowid")
+        return [(int(proxy), str(remark)) for proxy, remark in rows]
 
     def stacks(self) -> list[StackJob]:
         """Return all stacks, in the order they were added."""

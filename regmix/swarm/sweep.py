@@ -2,7 +2,8 @@
 
 1. The mixtures that no stack holds yet are packed into stacks; the cost is shown; the ledger
    stores each stack with all that its result depends on, before its first step.
-2. The stacks that are not trained go to the executor.
+2. The stacks that are not trained go to the executor. What a stack's numbers depend on (device,
+   micro-batch, threads) is read from the ledger, whatever the command says.
 3. A trained stack's training losses are moved to `steps/`, then its losses enter the ledger,
    then its folder goes. Killed at any instant, the next run goes on from there.
 4. `losses.csv` is written from the ledger after every stack, and `trajectories.csv` where
@@ -13,10 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 import shutil
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -31,9 +30,13 @@ from regmix.files import storage_errors, write_json
 from regmix.provenance import available_cores, environment_record
 from regmix.study import Study, Training
 from regmix.swarm.cost import Cost, estimate
+from regmix.swarm.devices import device_remarks, place_like, refuse_without_gpus
 from regmix.swarm.engine import CHECKPOINT_SECONDS, Member, MemberSegment, StackJob
-from regmix.swarm.executors import Done, Event, Failed, LocalExecutor, Progress, stack_jobs
+from regmix.swarm.executors import Done, Event, Failed, LocalExecutor, Replaced, Retired, stack_jobs
+from regmix.swarm.gpus import Gpu
 from regmix.swarm.ledger import Ledger
+from regmix.swarm.shrinking import replace_stack
+from regmix.swarm.tally import Tally
 
 # Members of a stack on a CPU: past 16 nothing more is gained (bench/results, suite `stack`).
 LARGEST_STACK = 16
@@ -43,19 +46,28 @@ LARGEST_STACK = 16
 class SweepOptions:
     """num_workers: processes, None for one a core; threads: of each, for stacks not yet planned.
 
-    stack_size: proxies trained together, None to choose.
+    gpus: where stacks not yet planned are trained, one worker each; none for the CPU.
+    stack_size: proxies trained together; micro_batch: sequences of each that a GPU takes at a time;
+    None to choose.
     checkpoint_seconds: time between two checkpoints of a stack; it changes no result.
     """
 
     num_workers: int | None = None
     threads: int = 1
     stack_size: int | None = None
+    micro_batch: int | None = None
+    gpus: tuple[Gpu, ...] = ()
     checkpoint_seconds: float = CHECKPOINT_SECONDS
 
     @property
     def workers(self) -> int:
-        """Processes to use on this machine."""
+        """Processes to use on this machine for stacks of the CPU."""
         return self.num_workers or max(1, available_cores() // self.threads)
+
+    @property
+    def places(self) -> int:
+        """Stacks not yet planned that are trained at the same time."""
+        return len(self.gpus) or self.workers
 
 
 @dataclass
@@ -63,6 +75,7 @@ class SweepResult:
     """What a sweep has: numbers of proxies, and what failed as (name, why).
 
     num_failed: trained without finite losses; num_pending: their stack could not be trained.
+    remarks: what happened on the way that a person should know, as of a GPU that was lost.
     """
 
     num_done: int
@@ -70,49 +83,7 @@ class SweepResult:
     num_pending: int
     trained_now: int
     failures: list[tuple[str, str]] = field(default_factory=list)
-
-
-class Tally:
-    """Adds up the progress of stacks that are trained at the same time."""
-
-    def __init__(self, jobs: list[StackJob]) -> None:
-        self.total_tokens = sum(job.training.tokens * len(job.members) for job in jobs)
-        self.num_models = sum(len(job.members) for job in jobs)
-        self.models_done = 0
-        self._tokens: dict[str, int] = {}
-        self._losses: dict[str, float] = {}
-        self._first: tuple[float, int] | None = None
-
-    def add(self, event: Event) -> None:
-        """Count one event."""
-        job, name = event.job, event.job.name
-        if isinstance(event, Progress):
-            per_step = len(job.members) * job.training.batch_size * job.training.shape.seq_len
-            self._tokens[name] = event.step * per_step
-            self._losses[name] = event.loss_nats
-        else:
-            self._tokens[name] = job.training.tokens * len(job.members)
-            self.models_done += len(job.members)
-        if self._first is None:
-            self._first = (time.monotonic(), self.tokens)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens trained so far, those before a resume included."""
-        return sum(self._tokens.values())
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Speed since the first report, over all workers, evaluations included."""
-        if self._first is None:
-            return 0.0
-        started, tokens = self._first
-        return (self.tokens - tokens) / max(time.monotonic() - started, 1e-3)
-
-    @property
-    def loss_nats(self) -> float:
-        """Mean of the stacks' last training losses."""
-        return sum(self._losses.values()) / len(self._losses) if self._losses else math.nan
+    remarks: list[str] = field(default_factory=list)
 
 
 def run_sweep(
@@ -131,14 +102,18 @@ def run_sweep(
     with study.lock() as descriptor, Ledger(study.ledger_path) as ledger:
         pending = {job.name for job in ledger.pending_stacks()}
         remove_leftovers(study.stacks_path, "stack-*", keep=lambda path: path.name in pending)
+        waiting = [_located(study, job) for job in ledger.pending_stacks()]
+        refuse_without_gpus(waiting, options.gpus)
         planned = plan_stacks(study, ledger, table, shards, options)
-        jobs = [_located(study, job) for job in ledger.pending_stacks()] + planned
+        jobs = waiting + planned
         trained = sum(len(job.members) for job in jobs)
         failures: list[tuple[str, str]] = []
+        happened: list[str] = []
         if jobs:
-            cost = estimate(jobs, shards, num_workers=options.workers)
-            tally = Tally(jobs)
-            on_start(cost, tally)
+            cost = estimate(jobs, shards, num_workers=options.workers, gpus=options.gpus)
+            about = device_remarks(ledger.stacks(), waiting, planned, options.gpus)
+            tally = Tally(jobs, num_gpus=len(options.gpus))
+            on_start(dataclasses.replace(cost, remarks=(*cost.remarks, *about)), tally)
             ledger.add_stacks(planned)
 
             def handle(event: Event) -> None:
@@ -147,6 +122,10 @@ def run_sweep(
                     collect(study, ledger, event)
                 elif isinstance(event, Failed):
                     failures.append((event.job.name, f"{event.what}. {event.cure}"))
+                elif isinstance(event, Replaced):
+                    happened.append(event.remark)
+                elif isinstance(event, Retired):
+                    happened.append(str(event))
                 on_event(event, tally)
 
             executor = LocalExecutor(
@@ -155,8 +134,9 @@ def run_sweep(
                 logs=study.logs_path,
                 inherited=descriptor,
                 checkpoint_seconds=options.checkpoint_seconds,
+                gpus=[gpu.id for gpu in options.gpus],
             )
-            executor.run(jobs, handle)
+            executor.run(jobs, handle, lambda job: replace_stack(ledger, job))
         export(study, ledger)
         rows = ledger.proxies()
         failures += [(f"proxy {r.index}", r.error or "") for r in rows if r.state == "failed"]
@@ -164,7 +144,7 @@ def run_sweep(
         num_failed = sum(row.state == "failed" for row in rows)
         num_done = sum(row.state == "done" for row in rows)
         num_pending = len(rows) - num_done - num_failed
-        return SweepResult(num_done, num_failed, num_pending, trained, failures)
+        return SweepResult(num_done, num_failed, num_pending, trained, failures, happened)
 
 
 def plan_stacks(
@@ -201,18 +181,31 @@ def plan_stacks(
                 cure="Restore the row, or give the new mixture an index of its own",
             )
     members += scheduled_members(study, ledger)
+    placement = None
+    if options.gpus and members:
+        placement = place_like(
+            ledger.stacks(),
+            study.config.proxy,
+            options.gpus,
+            num_proxies=len(members),
+            stack_size=options.stack_size,
+            micro_batch=options.micro_batch,
+        )
     stacks = stack_jobs(
         members,
-        num_workers=options.workers,
+        num_workers=options.places,
         stack_size=options.stack_size,
-        largest=LARGEST_STACK,
+        largest=placement.stack_size if placement else LARGEST_STACK,
     )
     first = ledger.num_stacks()
     jobs = []
     for number, stack in enumerate(stacks, start=first):
         name = f"stack-{number:04d}"
         proxies = stack_job(study, name, tuple(stack), study.config.proxy, options.threads)
-        jobs.append(dataclasses.replace(proxies, pools=study.config.pools))
+        proxies = dataclasses.replace(proxies, pools=study.config.pools)
+        if placement is not None:
+            proxies = dataclasses.replace(proxies, device="cuda", micro_batch=placement.micro_batch)
+        jobs.append(proxies)
     return jobs
 
 
@@ -298,7 +291,9 @@ def stack_job(
 def _located(study: Study, job: StackJob) -> StackJob:
     # The study may have been moved since the stack was planned.
     located = stack_job(study, job.name, job.members, job.training, job.threads)
-    return dataclasses.replace(located, pools=job.pools)
+    return dataclasses.replace(
+        located, pools=job.pools, device=job.device, micro_batch=job.micro_batch
+    )
 
 
 def collect(study: Study, ledger: Ledger, event: Done) -> None:
@@ -341,19 +336,20 @@ def remove_leftovers(stacks: Path, pattern: str, *, keep: Callable[[Path], bool]
 
 
 def record_speed(study: Study, ledger: Ledger, options: SweepOptions) -> None:
-    """Write `sweep.json`: tokens per second of one worker and of all, and the machine."""
+    """Write `sweep.json`: tokens per second of one worker and of all, the GPUs, the machine."""
     seconds, tokens = ledger.totals()
     per_worker = tokens / seconds if seconds else 0.0
     write_json(
         study.path / "sweep.json",
         {
             "num_proxies": len(ledger.proxies()),
-            "workers": options.workers,
+            "workers": options.places,
+            "gpus": [gpu.name for gpu in options.gpus],
             "threads": options.threads,
             "worker_seconds": seconds,
             "tokens": tokens,
             "tokens_per_second_per_worker": per_worker,
-            "tokens_per_second": per_worker * options.workers,
+            "tokens_per_second": per_worker * options.places,
             "order_version": ORDER_VERSION,
             "environment": environment_record(),
         },

@@ -1,9 +1,10 @@
 """A worker: a long-lived process that trains one stack after another.
 
 Enters, one JSON object a line on stdin: `{"job": ...}`, `{"stop": true}`. Leaves, one JSON object
-a line on stdout: `{"progress": ...}`, `{"done": ...}`, `{"stopped": ...}`, `{"failed": ...}`.
-Results are written as files into the job's folder before `done` is said. It writes to no ledger,
-and it dies with its coordinator.
+a line on stdout: `{"progress": ...}`, `{"done": ...}`, `{"stopped": ...}`, `{"failed": ...}`; and,
+as the last thing before it ends, `{"out_of_memory": ...}` or `{"broken": ..., "lost": ...}` of its
+GPU. Results are written as files into the job's folder before `done` is said. It writes to no
+ledger, and it dies with its coordinator.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -30,6 +31,7 @@ from regmix.swarm.checkpoint import checkpoints, read_tensors, write_tensors
 from regmix.swarm.engine import (
     CHECKPOINT_SECONDS,
     StackJob,
+    StackKeeper,
     StackResult,
     StackTrainer,
     StepReport,
@@ -40,6 +42,14 @@ from regmix.swarm.engine import (
 
 RESULT_FILE = "result.json"
 _PR_SET_PDEATHSIG = 1
+_CUDA_ERRORS = ("CUDA error", "Triton Error [CUDA]", "CUDA driver error")
+_OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+# What CUDA says where no other process will do better on this GPU. After any other error, as an
+# illegal access, a new one may: only a second death in a row is held against the GPU.
+_LOST = (
+    *("no GPU can be used", "no CUDA-capable device", "busy or unavailable"),
+    *("initialization error", "unknown error", "hardware", "ECC error", "NVLink error"),
+)
 
 
 def train_job(
@@ -49,9 +59,11 @@ def train_job(
     report: Callable[[StepReport], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    keeper: StackKeeper | None = None,
 ) -> dict[str, Any]:
     """Train a job, or read the result of one that is trained, and return its result table.
 
+    keeper: keeps what was compiled for the next job of the same shape.
     The table holds `losses` [P, M], `failed` [P], `evaluations`, `seconds` and `tokens`; beside
     it lie `<member>.safetensors` (parameters [1, ...]) and `<member>.npy` (losses by step).
     """
@@ -63,7 +75,7 @@ def train_job(
         return table
     if shards is None:
         shards = ShardSet.open(job.shards)
-    result = StackTrainer(job, shards).run(
+    result = StackTrainer(job, shards, keeper=keeper).run(
         report=report, should_stop=should_stop, checkpoint_seconds=checkpoint_seconds
     )
     table = _write_result(job, result)
@@ -116,6 +128,7 @@ class _Worker:
     def __init__(self) -> None:
         self.jobs: queue.Queue[tuple[StackJob, float] | None] = queue.Queue()
         self.stopping = threading.Event()
+        self._keeper = StackKeeper()
         self._shards: dict[str, ShardSet] = {}
 
     def listen(self) -> None:
@@ -139,7 +152,9 @@ class _Worker:
                 say({"stopped": job.name})
             except RegmixError as error:
                 say({"failed": job.name, "what": error.what, "cure": error.cure})
-            except Exception:
+            except Exception as error:
+                if job.device != "cpu":
+                    leave_where_the_gpu_failed(job, error)
                 # A defect in one stack must not take the others: it is reported, its trace logged.
                 traceback.print_exc()
                 last = traceback.format_exc().strip().splitlines()[-1]
@@ -150,6 +165,8 @@ class _Worker:
         import torch
 
         torch.set_num_threads(job.threads)
+        if job.device != "cpu" and not torch.cuda.is_available():
+            raise RuntimeError("CUDA error: no GPU can be used")
         if job.shards not in self._shards:
             self._shards[job.shards] = ShardSet.open(job.shards)
 
@@ -162,8 +179,43 @@ class _Worker:
             report=report,
             should_stop=self.stopping.is_set,
             checkpoint_seconds=checkpoint_seconds,
+            keeper=self._keeper,
         )
         say({"done": job.name, "result": table})
+
+
+def leave_where_the_gpu_failed(job: StackJob, error: Exception) -> None:
+    """End this process, after saying why, where an error is the GPU's; else return.
+
+    After either kind the process is of no more use: memory stays taken, or every further call
+    fails. The coordinator starts another one.
+    """
+    import torch
+
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and len(chain) < 8:
+        # Memory that runs out while a graph is captured comes back as an error of the capture.
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    texts = [str(link) for link in chain]
+    of_cuda = [text for text in texts if any(words in text for words in _CUDA_ERRORS)]
+    if any(isinstance(link, torch.OutOfMemoryError) for link in chain) or any(
+        words in text for text in of_cuda for words in _OUT_OF_MEMORY
+    ):
+        _say_last({"out_of_memory": job.name})
+    if of_cuda or isinstance(error, torch.AcceleratorError):
+        what = (of_cuda or texts)[0].strip().splitlines()[0]
+        lost = any(words in text for text in of_cuda for words in _LOST)
+        _say_last({"broken": job.name, "what": what, "lost": lost})
+
+
+def _say_last(message: dict[str, Any]) -> NoReturn:
+    traceback.print_exc()
+    say(message)
+    sys.stderr.flush()
+    # Not by the interpreter's way: its last calls to CUDA could hang on a broken GPU.
+    os._exit(1)
 
 
 def say(message: dict[str, Any]) -> None:
@@ -176,6 +228,9 @@ def main() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    # What libraries and compilers print goes to the log: stdout holds messages only.
+    sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
     worker = _Worker()
     threading.Thread(target=worker.listen, daemon=True).start()
     say({"ready": os.getpid()})

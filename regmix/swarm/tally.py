@@ -1,0 +1,69 @@
+"""How far a run of stacks is, over all its workers.
+
+Enters: the events of an executor. Leaves: models done, tokens, speed and loss, for a display.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+
+from regmix.swarm.engine import StackJob
+from regmix.swarm.events import Event, Progress, Replaced, Retired
+
+
+class Tally:
+    """Adds up the progress of stacks that are trained at the same time.
+
+    num_gpus: GPUs that are in use; those that are lost on the way are counted out.
+    """
+
+    def __init__(self, jobs: Sequence[StackJob], *, num_gpus: int = 0) -> None:
+        self.num_gpus = num_gpus
+        self.total_tokens = sum(job.training.tokens * len(job.members) for job in jobs)
+        self.num_models = sum(len(job.members) for job in jobs)
+        self.models_done = 0
+        self._tokens: dict[str, int] = {}
+        self._losses: dict[str, float] = {}
+        self._first: tuple[float, int] | None = None
+
+    def add(self, event: Event) -> None:
+        """Count one event."""
+        if isinstance(event, Retired):
+            self.num_gpus = event.num_left
+            return
+        job, name = event.job, event.job.name
+        if isinstance(event, Progress):
+            per_step = len(job.members) * job.training.batch_size * job.training.shape.seq_len
+            self._tokens[name] = event.step * per_step
+            # A stack that was just resumed has not trained a step yet.
+            if not math.isnan(event.loss_nats):
+                self._losses[name] = event.loss_nats
+        elif isinstance(event, Replaced):
+            # Its parts say for themselves how far they are.
+            self._tokens.pop(name, None)
+            self._losses.pop(name, None)
+        else:
+            self._tokens[name] = job.training.tokens * len(job.members)
+            self.models_done += len(job.members)
+        if self._first is None:
+            self._first = (time.monotonic(), self.tokens)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained so far, those before a resume included."""
+        return sum(self._tokens.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed since the first report, over all workers, evaluations included."""
+        if self._first is None:
+            return 0.0
+        started, tokens = self._first
+        return max(0.0, (self.tokens - tokens) / max(time.monotonic() - started, 1e-3))
+
+    @property
+    def loss_nats(self) -> float:
+        """Mean of the stacks' last training losses."""
+        return sum(self._losses.values()) / len(self._losses) if self._losses else math.nan
