@@ -123,6 +123,9 @@ def test_what_is_stored_resumes_with_the_same_bits() -> None:
     for step in range(2):
         first.train_step(tokens(SHAPE, 2, step), step)
     resumed.load(first.state(), first.losses(0, 2))
+    # Nothing of its own is done yet: that tells a worker that works from one that dies at once.
+    assert resumed.latest_loss()[0] == 2
+    assert np.isnan(resumed.latest_loss()[1])
     for step in range(2, STEPS):
         resumed.train_step(tokens(SHAPE, 2, step), step)
     np.testing.assert_array_equal(resumed.losses(0, STEPS), expected)

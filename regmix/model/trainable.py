@@ -38,7 +38,7 @@ class TrainableStack(Protocol):
     def latest_loss(self) -> tuple[int, float]:
         """Return how many steps are known to be done, and the last one's mean loss in nats.
 
-        Waits for nothing.
+        The loss is NaN as long as no step since `reset` or `load` is done. Waits for nothing.
         """
 
     def losses(self, first: int, last: int) -> np.ndarray:
@@ -70,7 +70,7 @@ class CpuStack:
     def reset(self, init_seeds: Sequence[int]) -> None:
         self.parameters = init_parameters(self.model.shape, init_seeds)
         self.optimizer = StackedAdamW(self.parameters, self._optim)
-        self._num_done = 0
+        self._begun_at = self._num_done = 0
 
     def buffers(self, count: int) -> list[np.ndarray] | None:
         return None
@@ -82,7 +82,7 @@ class CpuStack:
         self._num_done = step + 1
 
     def latest_loss(self) -> tuple[int, float]:
-        return self._num_done, mean_of_finite(self._losses[self._num_done - 1])
+        return self._num_done, mean_of_finite(self._losses[self._begun_at : self._num_done][-1:])
 
     def losses(self, first: int, last: int) -> np.ndarray:
         return self._losses[first:last].copy()
@@ -103,16 +103,16 @@ class CpuStack:
             {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         )
         self._losses[: len(losses_SP)] = losses_SP
-        self._num_done = len(losses_SP)
+        self._begun_at = self._num_done = len(losses_SP)
 
     @property
     def failed(self) -> np.ndarray:
         return self.optimizer.failed.numpy().copy()
 
 
-def mean_of_finite(losses_P: np.ndarray) -> float:
-    """Return the mean over the models that have a finite loss; NaN where none has."""
-    finite = losses_P[np.isfinite(losses_P)]
+def mean_of_finite(losses: np.ndarray) -> float:
+    """Return the mean over the losses that are finite; NaN where none is."""
+    finite = losses[np.isfinite(losses)]
     return float(finite.mean()) if len(finite) else float("nan")
 
 

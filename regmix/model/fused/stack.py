@@ -104,7 +104,7 @@ class FusedStack:
         self._loss_P = torch.zeros(num_proxies, dtype=torch.float32, device=device)
         self._losses_SP = torch.zeros(self.num_steps, num_proxies, pin_memory=on_gpu)
         # Where the next step is, and how many steps the host knows to be done.
-        self._next_step, self._num_done = 0, 0
+        self._next_step = self._num_done = self._begun_at = 0
 
     def reset(self, init_seeds: Sequence[int]) -> None:
         self._wait()
@@ -155,9 +155,8 @@ class FusedStack:
         self._next_step = step + 1
 
     def latest_loss(self) -> tuple[int, float]:
-        if self._num_done == 0:
-            return 0, float("nan")
-        return self._num_done, mean_of_finite(self._losses_SP[self._num_done - 1].numpy())
+        since = self._losses_SP[self._begun_at : self._num_done]
+        return self._num_done, mean_of_finite(since[-1:].numpy())
 
     def losses(self, first: int, last: int) -> np.ndarray:
         self._wait()
@@ -221,7 +220,7 @@ class FusedStack:
 
     def _begin_at(self, step: int) -> None:
         self._step_1.fill_(step)
-        self._next_step = self._num_done = step
+        self._next_step = self._num_done = self._begun_at = step
         if self._streams is not None:
             torch.cuda.synchronize(self.device)
 
