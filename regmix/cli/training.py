@@ -60,7 +60,7 @@ def training_options(
 
 
 def running_options(command: Command) -> Command:
-    """Add the options that say how training runs; none of them changes a result."""
+    """Add the options that say how training runs; only GPUs, in bfloat16, change a result."""
     options = [
         click.option(
             "--workers", type=click.IntRange(min=1), help="Processes; default: one a core."

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from regmix.display import size
 from regmix.errors import StudyError
+from regmix.model.fused.operations import WIDEST_STREAMED
 from regmix.model.presets import PRESETS, ModelShape
 from regmix.swarm.engine import EVAL_SEQUENCES
 
@@ -30,9 +31,8 @@ _FULL_FLOPS = MICRO_STEP_TOKENS * PRESETS["1m"].flops_per_token()
 
 # Float32 parameters, gradients and two moments, and the bfloat16 copy that products read.
 BYTES_PER_PARAMETER = 4 + 4 + 8 + 2
-# The widest head whose probabilities are kept whole; wider ones go through a chunk at a time.
-_FUSED_HEAD_WIDTH = 256
-_HEAD_CHUNK_BYTES = 1 << 30
+# The chunked head's logits: 2^28 of them at a time, in bfloat16.
+_HEAD_CHUNK_BYTES = 1 << 29
 # Tokens, labels, the sorted order of the embedding's gradient and the sort's own buffers.
 _INDEX_BYTES_PER_TOKEN = 128
 # CUDA's context, the libraries' workspaces, loaded kernels. An estimate, not measured.
@@ -130,15 +130,18 @@ def gpu_memory_bytes(shape: ModelShape, stack_size: int, micro_batch: int) -> in
 
     18 bytes a parameter; what every token keeps for the backward (`_kept_bytes_per_token`) and
     what one layer's backward takes on top; the head's probabilities [tokens, V] in bfloat16, kept
-    whole up to width 256 and 1 GiB at a time beyond; one float32 gradient of the head; a forward
-    of the evaluation, beside the captured step, which keeps its memory; the reserve.
+    whole by the streamed head and half a GiB at a time by the chunked one; one float32 gradient of
+    the head; a forward of the evaluation, beside the captured step, which keeps its memory; for a
+    stack of several, the trial by which products are found to be the same in it; the reserve.
     """
     tokens = stack_size * micro_batch * shape.seq_len
     probabilities = 2 * tokens * shape.vocab_size
-    if shape.width > _FUSED_HEAD_WIDTH:
+    if shape.width > WIDEST_STREAMED:
         probabilities = min(probabilities, _HEAD_CHUNK_BYTES)
     evaluated = stack_size * min(micro_batch, EVAL_SEQUENCES) * shape.seq_len
     per_token = _kept_bytes_per_token(shape) + _passing_bytes_per_token(shape)
+    if stack_size > 1:
+        per_token += _tried_bytes_per_token(shape)
     return (
         RESERVE_BYTES
         + BYTES_PER_PARAMETER * stack_size * shape.num_parameters
@@ -161,3 +164,9 @@ def _passing_bytes_per_token(shape: ModelShape) -> int:
     # Gradients of one layer and of the head's input: they go before the next layer's come.
     qkv = (shape.num_heads + 2 * shape.kv_heads) * shape.head_dim
     return 2 * (5 * shape.width + qkv + 3 * shape.hidden)
+
+
+def _tried_bytes_per_token(shape: ModelShape) -> int:
+    # Two operands as float32 numbers and in bfloat16, and the result four times, of the widest.
+    widest = max(2 * shape.hidden, (shape.num_heads + 2 * shape.kv_heads) * shape.head_dim)
+    return 20 * widest
