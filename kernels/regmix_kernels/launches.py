@@ -153,7 +153,7 @@ def head_stream(width: int, element_size: int, gpu: int, *, rescue: bool = False
     """Return the tile of the fused kernel: 128 tokens share each row of the head that is read.
 
     Width 256 on an A100 goes in two parts: only then does every warp keep its own 16 rows in both
-    products, and p stays in registers. Widths up to 64 run two blocks on each multiprocessor. The
+    products, and p stays in registers. On Hopper widths up to 64 leave room for two blocks. The
     rescue walks twice in one kernel, so that it has fewer registers to give to a tile.
     """
     columns = max(16, _power_of_2(width))
@@ -162,14 +162,12 @@ def head_stream(width: int, element_size: int, gpu: int, *, rescue: bool = False
             tokens=16, vocabulary=32, width=columns, dealt=False, num_warps=4, num_stages=2
         )
     parts = 2 if gpu == AMPERE and columns > 128 else 1
-    vocabulary = 128 if gpu == HOPPER and columns == 128 else 64
-    return HeadTile(
-        tokens=128,
-        vocabulary=32 if rescue else vocabulary,
-        width=columns // parts,
-        parts=parts,
-        num_stages=3 if gpu == HOPPER or columns <= 128 else 2,
-    )
+    vocabulary = 64 // parts
+    if gpu == HOPPER and columns == 128:
+        vocabulary = 128
+    if rescue:
+        vocabulary = 32 // parts
+    return HeadTile(tokens=128, vocabulary=vocabulary, width=columns // parts, parts=parts)
 
 
 def head_sums(width: int, element_size: int, gpu: int) -> HeadTile:
