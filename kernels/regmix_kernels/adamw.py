@@ -257,21 +257,21 @@ def cases(capability: int) -> list[Case]:
             num_warps=1,
         ),
     ]
-    for copy in ("bf16", "fp32"):
+    for has_copy in (True, False):
         settings = ("beta_mean", "rest_mean", "beta_square", "rest_square", "eps", "weight_decay")
         found.append(
             Case(
-                name=f"adamw.update copy {copy}",
+                name=f"adamw.update{' and copy' if has_copy else ''}",
                 kernel=_update,
                 signature={
                     **dict.fromkeys(("params", "grads", "mean", "square"), "*fp32"),
-                    "copy": f"*{copy}",
+                    "copy": "*bf16" if has_copy else "*fp32",
                     "factors": "*fp32",
                     "lr": "*fp32",
                     **dict.fromkeys(settings, "fp32"),
                     "size": "i32:16",
                 },
-                constants={"HAS_COPY": True, "BLOCK": adamw.block},
+                constants={"HAS_COPY": has_copy, "BLOCK": adamw.block},
                 num_warps=adamw.num_warps,
             )
         )

@@ -226,7 +226,7 @@ def _add_weights(
 
 
 def cases(capability: int) -> list[Case]:
-    """Return the three kernels at the widths of the presets, in bf16 and float32."""
+    """Return the kernels at the widths of the presets: bf16 and float32 rows, float32 weights."""
     found = [_weights_case()]
     extras = (False, True)
     for width, dtype, extra in itertools.product(launches.WIDTHS, ("bf16", "fp32"), extras):
@@ -237,7 +237,8 @@ def cases(capability: int) -> list[Case]:
                 name=f"rmsnorm.forward d{width} {dtype}{' branch' if extra else ''}",
                 kernel=_forward,
                 signature={
-                    **dict.fromkeys(("x", "branch", "weight", "y", "stream"), f"*{dtype}"),
+                    **dict.fromkeys(("x", "branch", "y", "stream"), f"*{dtype}"),
+                    "weight": "*fp32",
                     "rstd": "*fp32",
                     "eps": "fp32",
                     **sizes,
@@ -255,10 +256,9 @@ def cases(capability: int) -> list[Case]:
                 name=f"rmsnorm.backward d{width} {dtype}{' residual' if extra else ''}",
                 kernel=_backward,
                 signature={
-                    **dict.fromkeys(("dy", "x", "weight"), f"*{dtype}"),
+                    **dict.fromkeys(("dy", "x", "dresidual", "dx"), f"*{dtype}"),
+                    "weight": "*fp32",
                     "rstd": "*fp32",
-                    "dresidual": f"*{dtype}",
-                    "dx": f"*{dtype}",
                     "parts": "*fp32",
                     **sizes,
                 },
