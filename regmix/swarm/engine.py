@@ -305,8 +305,14 @@ class StackTrainer:
                     seq_len=training.shape.seq_len,
                     max_tokens=training.eval_tokens,
                 )
-            losses[:, column] = mean_losses(self.stack.evaluate, windows)
+            losses[:, column] = mean_losses(self.stack.evaluate, windows, self._windows_at_once())
         return losses
+
+    def _windows_at_once(self) -> int:
+        job = self.job
+        if job.device == "cpu":
+            return EVAL_SEQUENCES
+        return max(EVAL_SEQUENCES, job.micro_batch or job.training.batch_size)
 
     def _save(self) -> None:
         tensors = self.stack.state()
@@ -334,13 +340,18 @@ class StackTrainer:
         self.evaluations = [(step, tensors[f"evaluation.{step}"].numpy()) for step in steps]
 
 
-def mean_losses(evaluate: Callable[[Tensor, Tensor], Tensor], windows: Windows) -> np.ndarray:
+def mean_losses(
+    evaluate: Callable[[Tensor, Tensor], Tensor],
+    windows: Windows,
+    num_sequences: int = EVAL_SEQUENCES,
+) -> np.ndarray:
     """Return each member's mean loss over the windows [P], float64 nats per token.
 
-    evaluate: from tokens [B, T+1] and a mask [B, T] to sums of nats [P].
+    evaluate: from tokens [B, T+1] and a mask [B, T] to sums of nats [P]; it gets `num_sequences`
+    windows at a time.
     """
     total: Tensor | float = 0.0
-    for tokens, mask in windows.batches(EVAL_SEQUENCES):
+    for tokens, mask in windows.batches(num_sequences):
         total = total + evaluate(torch.from_numpy(tokens), torch.from_numpy(mask))
     assert isinstance(total, Tensor)
     return (total / windows.num_tokens).numpy()

@@ -22,7 +22,6 @@ from regmix.display import size
 from regmix.errors import StudyError
 from regmix.model.fused.operations import WIDEST_STREAMED
 from regmix.model.presets import PRESETS, ModelShape
-from regmix.swarm.engine import EVAL_SEQUENCES
 
 MICRO_STEP_TOKENS = 34_000
 LARGEST_GPU_STACK = 16
@@ -131,15 +130,16 @@ def gpu_memory_bytes(shape: ModelShape, stack_size: int, micro_batch: int) -> in
     18 bytes a parameter; what every token keeps for the backward (`_kept_bytes_per_token`) and
     what one layer's backward takes on top; the head's probabilities [tokens, V] in bfloat16, kept
     whole by the streamed head and half a GiB at a time by the chunked one; one float32 gradient of
-    the head; a forward of the evaluation, beside the captured step, which keeps its memory; for a
-    stack of several, the trial by which products are found to be the same in it; the reserve.
+    the head; one layer's forward for the evaluation, beside the captured step, which keeps its
+    memory; for a stack of several, the trial by which products are found to be the same in it; the
+    reserve.
     """
     tokens = stack_size * micro_batch * shape.seq_len
     probabilities = 2 * tokens * shape.vocab_size
     if shape.width > WIDEST_STREAMED:
         probabilities = min(probabilities, _HEAD_CHUNK_BYTES)
-    evaluated = stack_size * min(micro_batch, EVAL_SEQUENCES) * shape.seq_len
     per_token = _kept_bytes_per_token(shape) + _passing_bytes_per_token(shape)
+    per_token += 2 * _kept_bytes_per_token(shape) // shape.num_layers
     if stack_size > 1:
         per_token += _tried_bytes_per_token(shape)
     return (
@@ -148,7 +148,6 @@ def gpu_memory_bytes(shape: ModelShape, stack_size: int, micro_batch: int) -> in
         + tokens * (per_token + _INDEX_BYTES_PER_TOKEN)
         + probabilities
         + 4 * shape.vocab_size * shape.width
-        + evaluated * _kept_bytes_per_token(shape)
     )
 
 

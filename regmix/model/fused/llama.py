@@ -64,7 +64,8 @@ class FusedLlama:
         Tokens and labels are int32, whole sequences of the shape's length one after the other.
         """
         weights, grads, ops = flat.weights, flat.grads, self.ops
-        last, layers = self._forward(flat, tokens_PN)
+        layers: list[_LayerState] = []
+        last = self._forward(flat, tokens_PN, layers)
         table = "embedding" if self.shape.tied else "head"
         nats_PN, dy = ops.head(
             last.y_PND, weights[table], labels_PN, scale=scale, dhead_PVD=grads[table]
@@ -78,20 +79,23 @@ class FusedLlama:
 
     def loss(self, flat: FlatParameters, tokens_PN: Tensor, labels_PN: Tensor) -> Tensor:
         """Return nats [P, N] float32, 0 where a label is ignored; no gradient."""
-        last, _ = self._forward(flat, tokens_PN)
+        last = self._forward(flat, tokens_PN)
         table = "embedding" if self.shape.tied else "head"
         return self.ops.head_loss(last.y_PND, flat.weights[table], labels_PN)
 
     def _forward(
-        self, flat: FlatParameters, tokens_PN: Tensor
-    ) -> tuple[_Normed, list[_LayerState]]:
+        self, flat: FlatParameters, tokens_PN: Tensor, layers: list[_LayerState] | None = None
+    ) -> _Normed:
+        """Return the final norm; append to `layers` what their backward reads."""
         x = self.ops.embed(flat.weights["embedding"], tokens_PN)
-        branch, layers = None, []
+        branch = None
         for layer in range(self.shape.num_layers):
             state, branch = self._layer_forward(flat, layer, x, branch)
-            layers.append(state)
             x = state.mlp_norm.x_PND
-        return self._norm(flat, "norm", x, branch), layers
+            if layers is not None:
+                layers.append(state)
+            del state
+        return self._norm(flat, "norm", x, branch)
 
     def _layer_forward(
         self, flat: FlatParameters, layer: int, x_PND: Tensor, branch_PND: Tensor | None
