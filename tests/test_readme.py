@@ -7,8 +7,12 @@ import shlex
 import shutil
 from pathlib import Path
 
+import click
 import pytest
+import torch
 from click.testing import CliRunner
+
+from regmix.errors import RegmixError
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -31,6 +35,19 @@ def blocks(language: str) -> list[str]:
 def commands() -> list[str]:
     lines = [line for block in blocks("sh") for line in block.splitlines()]
     return [line for line in lines if line.startswith("regmix-fast")]
+
+
+def commands_for_gpus_name_what_is_there(cli: click.Group) -> None:
+    lines = [line for block in blocks("gpu") for line in block.splitlines()]
+    assert [line.split()[1] for line in lines] == ["doctor", "proxies"]
+    found = torch.cuda.device_count()
+    if found >= 8:
+        return
+    doctor, proxies = (shlex.split(line)[1:] for line in lines)
+    assert CliRunner().invoke(cli, doctor).exit_code == 1
+    refused = CliRunner().invoke(cli, proxies)
+    assert isinstance(refused.exception, RegmixError)
+    assert f"this machine has {found} GPU" in str(refused.exception)
 
 
 def test_every_command_of_the_readme_runs(
@@ -56,6 +73,7 @@ def test_every_command_of_the_readme_runs(
         assert (Path("study") / name).stat().st_size > 0
     assert Path("blend.txt").stat().st_size > 0
     assert (Path("optimum-hf") / "config.json").exists()
+    commands_for_gpus_name_what_is_there(cli)
     names: dict[str, object] = {}
     for code in blocks("python"):
         exec(compile(code, "README.md", "exec"), names)
