@@ -24,14 +24,87 @@ def capability(device: torch.device) -> int:
     return HOPPER if torch.cuda.get_device_capability(device) >= (9, 0) else AMPERE
 
 
+# ---- attention and the rotary embedding
+
+# (heads, key-value heads, head size) that `cases` compile: the presets', and a group of heads.
+ATTENTION_SHAPES = ((2, 2, 16), (8, 8, 32), (8, 2, 32), (8, 8, 64), (8, 8, 96), (16, 16, 128))
+
+
 @dataclass(frozen=True, kw_only=True)
-class RotationTile:
+class Rotation:
+    """rows: pairs (token, head) of one program."""
+
     rows: int
-    num_warps: int = 4
+    num_warps: int
 
 
-def rotation(head_dim):
-    return RotationTile(rows=4096 // head_dim)
+def rotation(head_dim: int) -> Rotation:
+    """Return tiles of about 4,096 numbers, 32 a thread: two loads of 16 bytes from each half."""
+    return Rotation(rows=4096 // _power_of_2(head_dim), num_warps=4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionTile:
+    """queries, keys: rows of a tile of scores, and its columns."""
+
+    queries: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+    def constants(self, num_heads: int, num_kv_heads: int, head_dim: int) -> dict[str, int]:
+        """Return the constexprs of attention's kernels."""
+        return {
+            "NUM_HEADS": num_heads,
+            "NUM_KV_HEADS": num_kv_heads,
+            "HEAD_DIM": head_dim,
+            "PADDED": max(16, _power_of_2(head_dim)),
+            "QUERIES": self.queries,
+            "KEYS": self.keys,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """forward; by_queries: the backward pass that makes dq; by_keys: that makes dk and dv."""
+
+    forward: AttentionTile
+    by_queries: AttentionTile
+    by_keys: AttentionTile
+
+
+def _attention(*rows: tuple[int, int, int, int]) -> Attention:
+    names = ("queries", "keys", "num_warps", "num_stages")
+    tiles = [AttentionTile(**dict(zip(names, row, strict=True))) for row in rows]
+    return Attention(forward=tiles[0], by_queries=tiles[1], by_keys=tiles[2])
+
+
+# From the compiler's reports of Triton 3.6 and 3.7, not from timings: no spills, then as many
+# blocks on an SM as give 12 to 16 warps (a warp's exponentials hide another's products), then more
+# queries than keys, since at head size 32 a tile of 64 queries reads 32 bytes of keys and values a
+# clock from the L2 cache at full speed, one of 128 reads 16. Rows: forward, by queries, by keys.
+_ATTENTION = {
+    (HOPPER, 32): _attention((128, 64, 4, 4), (128, 64, 8, 2), (64, 64, 4, 3)),
+    (HOPPER, 64): _attention((128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
+    (HOPPER, 128): _attention((128, 64, 8, 3), (128, 64, 8, 2), (32, 128, 8, 2)),
+    (AMPERE, 32): _attention((128, 64, 8, 3), (64, 64, 4, 3), (32, 64, 4, 3)),
+    (AMPERE, 64): _attention((128, 64, 8, 3), (64, 32, 4, 3), (32, 64, 4, 2)),
+    (AMPERE, 128): _attention((64, 64, 4, 2), (64, 64, 8, 2), (32, 64, 8, 2)),
+}
+# float32 is for checks, not for speed: its products are exact, outside the tensor cores.
+_ATTENTION_FLOAT32 = _attention(*[(32, 32, 4, 1)] * 3)
+
+
+def attention(head_dim: int, capability: int, element_size: int) -> Attention:
+    """Return the tiles for a head size of at most 128.
+
+    Raises `ValueError` for a larger or an odd one.
+    """
+    if not 2 <= head_dim <= 128 or head_dim % 2:
+        raise ValueError(f"Attention's kernels take even head sizes up to 128, not {head_dim}")
+    if element_size > 2:
+        return _ATTENTION_FLOAT32
+    return _ATTENTION[capability, max(32, _power_of_2(head_dim))]
 
 
 # ---- pointwise and per-row operations: rmsnorm, swiglu, embedding, segment_sum, adamw
