@@ -24,8 +24,8 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# exp of a logit below -57 or a sum of exps above 57 nats: far from what float32 and bfloat16 hold,
-# far also from any logit of a healthy proxy.
+# A row's sum of exponentials, 57 nats to either side: far inside what float32 and bfloat16 hold,
+# also once multiplied with the head or divided by the tokens of a step.
 SAFE_LOW = tl.constexpr(1e-25)
 SAFE_HIGH = tl.constexpr(1e25)
 
