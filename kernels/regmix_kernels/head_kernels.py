@@ -11,8 +11,9 @@ row's sum lies outside `SAFE_LOW` to `SAFE_HIGH`; it then takes such rows' maxim
 with shifted logits. So nothing waits for the host, and a proxy's numbers follow from its own alone.
 Where a sum is NaN a logit was: no shift mends that, and NaN is the answer.
 
-Checked in the machine code for sm_90: the products of a tile run as one asynchronous group (ptxas
-waits for each of them where registers run short), and storing p needs no barrier.
+Checked in the machine code for sm_90: the products of a tile run as two asynchronous groups (ptxas
+waits for each product where registers run short), p goes to memory within warps, and the loop has
+two barriers: one where a tile has arrived, one before its place is filled again.
 
 P proxies, N tokens, D width, V vocabulary.
 """
@@ -117,7 +118,7 @@ def _dealt_rows(BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
 
     A product leaves 16 rows with each warp; a store of whole lines gives a warp `near` rows out of
     every `near` times the number of warps. In this order they are the same rows, so that p moves
-    within warps: no barrier of the block in the inner loop.
+    within warps, through half the shared memory, and no warp waits for another to store it.
     """
     near: tl.constexpr = 256 // BLOCK_V
     num_warps: tl.constexpr = BLOCK_N // 16
