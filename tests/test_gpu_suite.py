@@ -14,7 +14,10 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from regmix_bench import gpu_parts, gpu_suite
+import torch
+from regmix_bench import gpu_checks, gpu_parts, gpu_suite
+from regmix_bench.gpu_check_cases import Case
+from regmix_bench.gpu_run import Run
 from regmix_bench.gpu_stacks import REFERENCE
 from regmix_bench.harness import Record
 
@@ -155,7 +158,7 @@ def test_a_process_that_never_starts_ends_the_suite(tmp_path: Path) -> None:
         sections=["head", "step"],
         command=(sys.executable, str(broken / "child.py")),
     )
-    assert [r.case for r in suite.run()] == ["section head", "section step"]
+    assert [r.unit for r in suite.run()] == ["failures"] * 2
 
 
 def test_what_had_no_time_is_a_failure(tmp_path: Path) -> None:
@@ -184,6 +187,35 @@ def test_failures_are_errors_beyond_a_bound_and_unequal_bits() -> None:
     assert len(gpu_suite.failures([*good, *bad])) == len(bad)
 
 
+def checked(ours: Any) -> list[str]:
+    """Return what the check of y = 2 x says of a way to compute it."""
+    case = Case(
+        inputs=lambda sizes, seed, dtype: {"x": torch.full((4,), 1.0 + seed)},
+        ours=lambda given, sizes: {"y": ours(given["x"])},
+        wanted=lambda given, sizes: {"y": 2.0 * given["x"].double()},
+    )
+    found: list[Record] = []
+    run = Run(torch.device("cpu"), 60.0, found.append, lambda words: None, tiny=True)
+    sizes = gpu_checks.TINY_SIZES[0]
+    gpu_checks._check(run, "doubling", case, sizes, torch.float32)()
+    assert len(found) == 2
+    return gpu_suite.failures(found)
+
+
+def half_written(x: torch.Tensor) -> torch.Tensor:
+    y = torch.empty_like(x)
+    y[:, :2] = 2 * x[:, :2]
+    return y
+
+
+def test_a_check_sees_wrong_unwritten_and_stack_dependent_results() -> None:
+    assert checked(lambda x: 2 * x) == []
+    assert "error of y" in checked(lambda x: 2.001 * x)[0]
+    assert "error of y" in checked(half_written)[0]
+    # Off by a rounding that depends on how many there are: no error, but not the same bits.
+    assert "NOT stack" in checked(lambda x: 2 * x * (1 + 2e-7 * (len(x) > 1)))[0]
+
+
 def test_the_shares_leave_time_to_every_section() -> None:
     left, given = 500.0, []
     for place in range(len(gpu_suite.NAMES)):
@@ -201,6 +233,14 @@ def test_the_command_writes_its_records_and_says_how_it_went(tmp_path: Path) -> 
     lines = (tmp_path / "r.jsonl").read_text("utf-8").splitlines()
     assert {json.loads(line)["metric"] for line in lines} == {"fp32 GEMM", "copy, read and written"}
     assert "2 records" in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_suite_says_so_and_fails(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "regmix_bench.gpu_suite", "--seconds", "60"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stdout.count("torch sees no GPU") == 1
 
 
 def test_a_cpu_is_for_trials_only() -> None:

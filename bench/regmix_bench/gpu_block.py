@@ -63,7 +63,7 @@ def our_block(run: Run, shape: ModelShape, sequences: int) -> None:
             micro=sequences,
         )
         count = 2 if run.tiny else 6
-        stack = make_stack(run, layout, count + 2)
+        stack = make_stack(run, layout, count + 2, for_speed=True)
         batches = make_batches(layout, 1, stack=stack)
         taken.append(seconds_per_step(run, stack, batches, count) / layout.tokens)
         del stack
@@ -100,6 +100,7 @@ def _peer_block(run: Run, shape: ModelShape, sequences: int, compiled: bool) -> 
 
     def work(call: int) -> None:
         made.zero_grad(set_to_none=True)
+        x.grad = None
         block(x, cos, sin).backward(gradient)
 
     return work
@@ -129,7 +130,7 @@ def _emit_block(
 def whole_model(run: Run, layout: Layout) -> None:
     """Emit tokens/s and MFU of training the whole model."""
     count = 2 if run.tiny else 4
-    stack = make_stack(run, layout, count + 2)
+    stack = make_stack(run, layout, count + 2, for_speed=True)
     batches = make_batches(layout, 1, stack=stack)
     rate = layout.tokens / seconds_per_step(run, stack, batches, count)
     case = f"1B model: {layout.name}"

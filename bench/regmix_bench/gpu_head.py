@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from regmix_bench import timing
-from regmix_bench.gpu_run import Contender, Run, bake_off, missing
+from regmix_bench.gpu_run import Contender, Run, bake_off
+from regmix_bench.peer_imports import missing
 
 # Standard deviations of the logits, from a proxy's first steps to a trained one's.
 SPREADS = (1.1, 2.5, 4.6)

@@ -19,10 +19,11 @@ import torch
 from regmix.model.presets import ModelShape
 from regmix_bench import gpu_baseline, timing
 from regmix_bench.ceilings import ceiling_records
-from regmix_bench.gpu_run import Contender, Run, missing, prepare
+from regmix_bench.gpu_run import Contender, Run, prepare
 from regmix_bench.gpu_stacks import REFERENCE, TINY, Layout, make_batches, make_stack
 from regmix_bench.harness import Record
 from regmix_bench.peaks import Sweep
+from regmix_bench.peer_imports import missing
 from regmix_bench.throughput import speed_records, sweep_records
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ ends the process, and `gpu_suite` starts another one at the next case. Measures 
 from __future__ import annotations
 
 import gc
-import importlib.util
 import re
 import statistics
 import time
@@ -178,6 +177,7 @@ def prepare(run: Run, case: str, contenders: Mapping[str, Contender]) -> dict[st
             else:
                 run.say(f"left out: {label} ({type(error).__name__}: {_reason(error)})")
             run._check_device()
+            run.free()
             continue
         there[name] = work
     return there
@@ -211,8 +211,3 @@ def bake_off(
                     faster = timing.times_as_fast(times, theirs)
                     run.record(label, metric, ns, "ns/token", peer=other, ratio_to_peer=faster)
     return {name: statistics.median(times) for name, times in found.items()}
-
-
-def missing(package: str) -> str | None:
-    """Return why a peer cannot run, or None where its package is installed."""
-    return None if importlib.util.find_spec(package) else f"{package} is not installed"

@@ -66,8 +66,13 @@ class Layout:
         return words + (", eager" if self.graph is False else "")
 
 
-def make_stack(run: Run, layout: Layout, num_steps: int, *, lr: float = 4e-4) -> FusedStack:
-    """Return the stack of a layout, its weights drawn from seeds 0, 1, 2 ..."""
+def make_stack(
+    run: Run, layout: Layout, num_steps: int, *, lr: float = 4e-4, for_speed: bool = False
+) -> FusedStack:
+    """Return the stack of a layout, its weights drawn from seeds 0, 1, 2 ...
+
+    for_speed: draw them on the device instead, all alike: a large model's take the host long.
+    """
     import torch
 
     from regmix.model.fused.stack import FusedStack
@@ -84,7 +89,11 @@ def make_stack(run: Run, layout: Layout, num_steps: int, *, lr: float = 4e-4) ->
         kernels=layout.kernels,
         capture=layout.graph,
     )
-    stack.reset(range(layout.proxies))
+    if for_speed:
+        stack.flat.values_PS.normal_(0.0, 0.02)
+        stack.flat.refresh_copy()
+    else:
+        stack.reset(range(layout.proxies))
     return stack
 
 

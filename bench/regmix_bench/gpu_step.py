@@ -61,14 +61,14 @@ def layouts(tiny: bool, main: Layout) -> list[Layout]:
         found += [
             dataclasses.replace(main, proxies=proxies, batch=16, micro=micro) for micro in micros
         ]
-    chunked = {"head": "chunked"}
-    return [*found, dataclasses.replace(main, kernels=chunked)]
+    others = ({"head": "chunked"}, {"attention": "sdpa"})
+    return [*found, *(dataclasses.replace(main, kernels=kernels) for kernels in others)]
 
 
 def measure_layout(run: Run, layout: Layout) -> None:
     """Emit ns/token and MFU of one layout."""
-    head = (layout.kernels or {}).get("head")
-    case = f"step: {layout.name}" + (f", head {head}" if head else "")
+    wishes = "".join(f", {op} {kind}" for op, kind in (layout.kernels or {}).items())
+    case = f"step: {layout.name}{wishes}"
 
     def work() -> None:
         count = 3 if run.tiny else 20

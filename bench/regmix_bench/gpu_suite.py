@@ -36,7 +36,8 @@ SUITE = "gpu"
 SECONDS = 540.0
 # What a child may take beyond its section's time: one case that was begun just before the end.
 GRACE_SECONDS = 25.0
-DEVICE_LOST = 3
+NO_GPU = "torch sees no GPU"
+DEVICE_LOST, NO_DEVICE = 3, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +92,8 @@ def child(request: dict[str, Any]) -> int:
     device = torch.device(request["device"])
     if device.type == "cpu":
         torch.set_num_threads(1)
+    elif not torch.cuda.is_available():
+        return NO_DEVICE
     names, deadline = request["sections"], time.monotonic() + request["seconds"]
     limits = None
     for place, name in enumerate(names):
@@ -151,9 +154,11 @@ class Suite:
             reason = self._one_child()
             if not reason:
                 continue
-            case = self.tried[-1] if self.tried else f"section {self.sections[0]}"
+            if reason == NO_GPU:
+                self.sections.clear()
+            case = self.tried[-1] if self.tried else "the suite"
             self._keep(_failure(case, reason, self.records))
-            if before == (self.sections, len(self.tried)):
+            if self.sections and before == (self.sections, len(self.tried)):
                 # It ended before it tried anything: that section cannot be had here.
                 self.sections.pop(0)
         for name in self.sections:
@@ -170,7 +175,7 @@ class Suite:
             "sections": self.sections,
             "skipped": self.tried,
         }
-        environment = dict(os.environ, CUBLAS_WORKSPACE_CONFIG=":4096:8")
+        environment = dict(os.environ)
         if self.device == "cpu":
             environment["TRITON_INTERPRET"] = "1"
         process = subprocess.Popen(
@@ -196,6 +201,8 @@ class Suite:
                 break
             end = self._take(line, end)
         code = process.wait()
+        if code == NO_DEVICE:
+            return NO_GPU
         return "" if code == 0 else f"the process ended with code {code}"
 
     def _take(self, line: str, end: float) -> float:

@@ -11,6 +11,7 @@ import dataclasses
 import importlib
 import importlib.machinery
 import importlib.metadata
+import importlib.util
 import sys
 import types
 from collections.abc import Iterable
@@ -29,6 +30,11 @@ def with_versions(records: Iterable[Record]) -> list[Record]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return [dataclasses.replace(r, versions={**r.versions, **found}) for r in records]
+
+
+def missing(package: str) -> str | None:
+    """Return why a peer cannot run, or None where its package is installed."""
+    return None if importlib.util.find_spec(package) else f"{package} is not installed"
 
 
 def stand_in_for_torchvision() -> None:

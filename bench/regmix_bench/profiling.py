@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from regmix_bench import stack
@@ -82,12 +83,12 @@ def time_tables(averages: Sequence[Any], *, cuda: bool) -> str:
     """Return the ranges by their whole time, and the operations by their own, as text."""
     kind = "device_time" if cuda else "cpu_time"
     whole, own = f"{kind}_total", f"self_{kind}_total"
-    total = sum(getattr(entry, own) for entry in averages) or 1.0
-    parts = [entry for entry in averages if entry.is_user_annotation]
-    single = [entry for entry in averages if not entry.is_user_annotation]
-    if cuda:
-        # Kernels; the host's calls have no device time of their own.
-        single = [entry for entry in single if getattr(entry, own) > 0]
+    # A kernel's time also counts to the host's call that launched it, and a range has an entry on
+    # either side: kernels are taken from the device's side, ranges from the host's.
+    side = DeviceType.CUDA if cuda else DeviceType.CPU
+    parts = [e for e in averages if e.is_user_annotation and e.device_type == DeviceType.CPU]
+    single = [e for e in averages if not e.is_user_annotation and e.device_type == side]
+    total = sum(getattr(entry, own) for entry in single) or 1.0
     tables = []
     for title, entries, key in (("part", parts, whole), ("operation", single, own)):
         rows = [(f"{title}, by time", "ms", "share", "calls")]

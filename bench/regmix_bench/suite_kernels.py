@@ -108,12 +108,14 @@ def operation_records(
 
     case = f"{operation.name}; ours"
     records = [record(case, taken, ceiling=words, ratio_to_ceiling=least / taken)]
-    for name, times in found.items():
-        if name != "ours":
-            ratio = timing.times_as_fast(found["ours"], times)
-            records.append(record(case, taken, peer=name, ratio_to_peer=ratio))
-            records.append(record(f"{operation.name}; {name}", statistics.median(times)))
-    return records
+    peers = {name: times for name, times in found.items() if name != "ours"}
+    for name, times in peers.items():
+        ratio = timing.times_as_fast(found["ours"], times)
+        records.append(record(case, taken, peer=name, ratio_to_peer=ratio))
+    return records + [
+        record(f"{operation.name}; {name}", statistics.median(times))
+        for name, times in peers.items()
+    ]
 
 
 def normal(*size: int, seed: int = 0) -> Tensor:

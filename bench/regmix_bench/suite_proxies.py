@@ -8,7 +8,6 @@ with a stack of its own. Looks at no loss.
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
 
 import torch
@@ -19,6 +18,7 @@ from regmix_bench import profiling, timing
 from regmix_bench.ceilings import ceiling_records, highest, measure_ceilings
 from regmix_bench.harness import Record
 from regmix_bench.peaks import Sweep
+from regmix_bench.peer_imports import missing
 from regmix_bench.stack import Case, Contender, Runner
 from regmix_bench.suites import Settings
 from regmix_bench.throughput import speed_records, sweep_records
@@ -74,8 +74,9 @@ def measure(settings: Settings) -> list[Record]:
 def measure_speeds(settings: Settings, cores: int) -> dict[str, list[float]]:
     """Return tokens per second of every contender in every round; ours comes first."""
     contenders = [Contender(kind="ours", variant="", stack=STACK, processes=cores, threads=1)]
-    if importlib.util.find_spec("transformers") is None:
-        settings.say("left out: transformers' Llama (transformers is not installed)")
+    reason = missing("transformers")
+    if reason is not None:
+        settings.say(f"left out: transformers' Llama ({reason})")
     else:
         variants = [PEER] if settings.quick else [PEER, f"{PEER} compile"]
         contenders += [

@@ -7,7 +7,6 @@ Tokens are drawn by chance: no time depends on them. Does not train a model wort
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import statistics
 
 import torch
@@ -17,6 +16,7 @@ from regmix.provenance import available_cores
 from regmix_bench import profiling, stack, timing
 from regmix_bench.ceilings import ceiling_records, highest, measure_ceilings
 from regmix_bench.harness import Record
+from regmix_bench.peer_imports import missing
 from regmix_bench.suites import Settings
 from regmix_bench.throughput import speed_records
 
@@ -42,8 +42,9 @@ def measure(settings: Settings) -> list[Record]:
     ours, _ = stack.our_step(case, 1)
     contenders: dict[str, timing.Work] = {"ours": lambda _: ours()}
     peer = f"LlamaForCausalLM {PEER}"
-    if importlib.util.find_spec("transformers") is None:
-        settings.say("left out: transformers' Llama (transformers is not installed)")
+    reason = missing("transformers")
+    if reason is not None:
+        settings.say(f"left out: transformers' Llama ({reason})")
     else:
         theirs, _ = stack.peer_step(case, PEER)
         contenders[peer] = lambda _: theirs()
