@@ -208,7 +208,7 @@ def _packed(run: Run, case: str, sizes: Sizes, sets: timing.Rotation[Inputs]) ->
         # SDPA chooses by itself here: a context manager would break the graph.
         function = functools.partial(model, None)
         contenders["SDPA, torch.compile"] = Contender(
-            make=lambda: functools.partial(theirs, torch.compile(function)), slow=True
+            make=lambda: functools.partial(theirs, torch.compile(function)), needs=20
         )
     limits = run.limits()
     bake_off(

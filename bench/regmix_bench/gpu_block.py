@@ -78,7 +78,7 @@ def peer_blocks(run: Run, shape: ModelShape, sequences: int) -> None:
     }
     if run.compiles:
         make = functools.partial(_peer_block, run, shape, sequences, True)
-        contenders["torch.compile"] = Contender(make=make, slow=True)
+        contenders["torch.compile"] = Contender(make=make, needs=20)
     there = prepare(run, "1B block", contenders)
     found = run.take_turns(there, rounds=3, seconds=0.2)
     for name, times in found.items():

@@ -136,11 +136,11 @@ def _both_ways(run: Run, case: str, sizes: Sizes) -> None:
     }
     reason = missing("liger_kernel")
     if reason is None:
-        contenders["Liger-Kernel"] = Contender(make=lambda: _liger(sets), slow=True)
+        contenders["Liger-Kernel"] = Contender(make=lambda: _liger(sets), needs=25)
     else:
         run.say(f"left out: Liger-Kernel ({reason})")
     if run.compiles:
-        contenders["torch.compile"] = Contender(make=lambda: _compiled(sets), slow=True)
+        contenders["torch.compile"] = Contender(make=lambda: _compiled(sets), needs=25)
     limits = run.limits()
     bake_off(
         run,
@@ -186,7 +186,7 @@ def _loss_only(run: Run, case: str, sizes: Sizes) -> None:
         "eager cross_entropy": Contender(make=lambda: eager),
     }
     if run.compiles:
-        contenders["torch.compile"] = Contender(make=lambda: _compiled_loss(sets), slow=True)
+        contenders["torch.compile"] = Contender(make=lambda: _compiled_loss(sets), needs=25)
     limits = run.limits()
     bake_off(
         run,

@@ -72,9 +72,7 @@ def _time(run: Run, make: Callable[[Run, Sizes], Case], sizes: Sizes) -> None:
         "eager": Contender(make=lambda: lambda call: case.theirs(*sets[call])),
     }
     if run.compiles:
-        contenders["torch.compile"] = Contender(
-            make=lambda: _compiled(case.theirs, sets), slow=True
-        )
+        contenders["torch.compile"] = Contender(make=lambda: _compiled(case.theirs, sets), needs=12)
     label = f"pointwise, {case.name}, {sizes.tokens} tokens"
     there = prepare(run, label, contenders)
     found = run.take_turns(there, rounds=5, seconds=0.03)

@@ -118,7 +118,7 @@ def _baselines(run: Run, layout: Layout) -> dict[str, Contender]:
     # The published micro-batch is not a limit of this GPU: two sizes, so that it has its best.
     found["reference style, fused parts, micro-batch 16"] = Contender(make=variant("fused", 16))
     found["reference style, fused parts, micro-batch 8"] = Contender(make=variant("fused", 8))
-    found["reference style, torch.compile"] = Contender(make=variant("compiled", 16), slow=True)
+    found["reference style, torch.compile"] = Contender(make=variant("compiled", 16), needs=40)
     found["reference style, eager"] = Contender(make=variant("eager", 16))
     reason = missing("transformers")
     if reason is not None:
@@ -128,7 +128,7 @@ def _baselines(run: Run, layout: Layout) -> dict[str, Contender]:
             make=lambda: gpu_baseline.transformers_step(
                 shape, batch=batch, micro=16, device=run.device, compiled=True
             ),
-            slow=True,
+            needs=40,
         )
     return found
 

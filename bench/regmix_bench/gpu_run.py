@@ -148,12 +148,13 @@ def _reason(error: BaseException) -> str:
 class Contender:
     """A way to do the same work. ours: its failure is one; others are named and left out.
 
-    make: prepares it and returns one call; slow: takes long to prepare (torch.compile).
+    make: prepares it and returns one call; needs: seconds below which that is not begun, for
+    what is compiled first.
     """
 
     make: Callable[[], timing.Work]
     ours: bool = False
-    slow: bool = False
+    needs: float = 0.0
 
 
 def prepare(run: Run, case: str, contenders: Mapping[str, Contender]) -> dict[str, timing.Work]:
@@ -163,7 +164,7 @@ def prepare(run: Run, case: str, contenders: Mapping[str, Contender]) -> dict[st
         label = f"{case}; {name}"
         if label in run.skipped:
             continue
-        if contender.slow and run.left() < 40:
+        if run.left() < contender.needs:
             run.say(f"left out: {label} (no time left to compile)")
             continue
         run.started(label)

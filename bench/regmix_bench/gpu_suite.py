@@ -55,7 +55,7 @@ SECTIONS = (
     Section(name="checks", module="gpu_checks", function="check_kernels", share=80),
     Section(name="head", module="gpu_head", function="head_bake_off", share=70),
     Section(name="attention", module="gpu_attention", function="attention_bake_off", share=50),
-    Section(name="pointwise", module="gpu_pointwise", function="pointwise", share=50),
+    Section(name="pointwise", module="gpu_pointwise", function="pointwise", share=60),
     Section(name="step", module="gpu_step", function="steps", share=115),
     Section(name="proxies", module="gpu_proxies", function="end_to_end", share=105),
     Section(name="block", module="gpu_block", function="blocks", share=55),

@@ -31,8 +31,8 @@ def measure(settings: Settings) -> list[Record]:
     if settings.quick:
         names = ", ".join(name for name in PEERS if name not in peers)
         settings.say(f"left out in a quick run: {names}")
-    settings.say(f"{effort.num_bytes / 1e6:.0f} MB of tokens: more of them fit the cache than of")
-    settings.say("a real corpus; python -m regmix_bench.sampler measures 1.5 GB")
+    size = f"{effort.num_bytes / 1e6:.0f} MB of tokens"
+    settings.say(f"{size}, so the cache holds more of them than of a real corpus")
     with tempfile.TemporaryDirectory(prefix="regmix-bench-") as temporary:
         needed = 5 * effort.num_bytes
         if free_bytes(temporary) < needed:
