@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from regmix_kernels import attention_backward, launches
+from regmix_kernels import launches
 from regmix_kernels.attention_backward import backward
 from regmix_kernels.attention_tiles import LOG2_E, load_rows, row_offset, store_rows
 from regmix_kernels.compilation import Case
@@ -161,4 +161,4 @@ def cases(capability: int) -> list[Case]:
                 capabilities=(capability,),
             )
         )
-    return found + attention_backward.cases(capability)
+    return found

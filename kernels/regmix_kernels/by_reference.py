@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from regmix_kernels import reference
-
-IGNORED = -100
+from regmix_kernels.reference import IGNORED
 
 
 def plan(ids_PN: Tensor, num_segments: int) -> tuple[Tensor, int]:
@@ -99,12 +98,12 @@ def rotate(
 def attention(
     qkv_PNC: Tensor, num_heads: int, num_kv_heads: int, seq_len: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the attention's result [P, N, H R] and the log-sum-exp [P, H, N]; see `attention`."""
+    """Return the heads' outputs [P, N, H R], and log-sum-exp in bits [P, H, N]; see `attention`."""
     q, k, v = _split(qkv_PNC, num_heads, num_kv_heads, seq_len)
     out = _merge(reference.causal_attention(q, k, v))
     future = torch.ones(seq_len, seq_len, dtype=torch.bool, device=q.device).triu(1)
     scores = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).masked_fill(future, -math.inf)
-    return out, scores.logsumexp(dim=-1).transpose(1, 2).flatten(2)
+    return out, scores.logsumexp(dim=-1).transpose(1, 2).flatten(2) / math.log(2)
 
 
 def attention_backward(

@@ -77,6 +77,10 @@ class Report:
             )
         if case.is_matrix and capability == 90 and self.opcodes.get("HMMA"):
             found.append(f"{self.opcodes['HMMA']} HMMA where HGMMA was meant")
+        fences, products = self.opcodes.get("WARPGROUP", 0), self.opcodes.get("HGMMA", 0)
+        if products and fences >= 2 * products:
+            # ptxas does this silently where it cannot keep several in flight.
+            found.append(f"{fences} fences for {products} HGMMA: each waits for the one before")
         return found
 
 

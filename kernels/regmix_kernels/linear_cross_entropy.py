@@ -28,8 +28,7 @@ from torch import Tensor
 
 from regmix_kernels import head_kernels, launches, products, segment_sum
 from regmix_kernels.compilation import Case
-
-IGNORED = -100
+from regmix_kernels.reference import IGNORED
 
 __all__ = ["IGNORED", "cases", "chunked", "fused", "loss"]
 

@@ -14,6 +14,9 @@ import math
 import torch
 from torch import Tensor
 
+# A label that counts for nothing, as in PyTorch's own cross-entropy.
+IGNORED = -100
+
 
 def rmsnorm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """Return x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467)."""

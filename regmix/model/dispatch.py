@@ -6,8 +6,10 @@ itself: `fused.operations` does for a GPU, and the CPU has one implementation.
 
 from __future__ import annotations
 
+from regmix_kernels.launches import MAX_FUSED_WIDTH
+
 from regmix.model import ops
-from regmix.model.fused.operations import IMPLEMENTATIONS, WIDEST_STREAMED
+from regmix.model.fused.operations import IMPLEMENTATIONS
 
 
 def describe(device: str) -> dict[str, str]:
@@ -15,6 +17,6 @@ def describe(device: str) -> dict[str, str]:
     if device == "cpu":
         return {op: ops.path("cpu") for op in IMPLEMENTATIONS}
     served = {op: kinds[0] for op, kinds in IMPLEMENTATIONS.items()}
-    served["head"] = f"streamed up to width {WIDEST_STREAMED}, chunked above"
+    served["head"] = f"streamed up to width {MAX_FUSED_WIDTH}, chunked above"
     served["matrix products"] = "cublas, one call a proxy unless proven equal"
     return served

@@ -18,9 +18,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from regmix_kernels.launches import MAX_FUSED_WIDTH
+
 from regmix.display import size
 from regmix.errors import StudyError
-from regmix.model.fused.operations import WIDEST_STREAMED
 from regmix.model.presets import PRESETS, ModelShape
 
 MICRO_STEP_TOKENS = 34_000
@@ -136,7 +137,7 @@ def gpu_memory_bytes(shape: ModelShape, stack_size: int, micro_batch: int) -> in
     """
     tokens = stack_size * micro_batch * shape.seq_len
     probabilities = 2 * tokens * shape.vocab_size
-    if shape.width > WIDEST_STREAMED:
+    if shape.width > MAX_FUSED_WIDTH:
         probabilities = min(probabilities, _HEAD_CHUNK_BYTES)
     per_token = _kept_bytes_per_token(shape) + _passing_bytes_per_token(shape)
     per_token += 2 * _kept_bytes_per_token(shape) // shape.num_layers

@@ -11,11 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from regmix_kernels.launches import MAX_FUSED_WIDTH
+
 from regmix.errors import ModelError, nearest
 from regmix.model.presets import ModelShape
-
-# The widest model that the streaming head holds in a program's registers.
-WIDEST_STREAMED = 256
 
 # Operation -> its implementations, the default on a GPU first.
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
@@ -65,7 +64,7 @@ def choose(
     """
     on_gpu = device_type == "cuda"
     names = {op: kinds[0] if on_gpu else "reference" for op, kinds in IMPLEMENTATIONS.items()}
-    if on_gpu and shape.width > WIDEST_STREAMED:
+    if on_gpu and shape.width > MAX_FUSED_WIDTH:
         names["head"] = "chunked"
     for op, kind in (wishes or {}).items():
         if op not in IMPLEMENTATIONS:
@@ -75,9 +74,9 @@ def choose(
         if kind not in IMPLEMENTATIONS[op]:
             known = nearest(kind, IMPLEMENTATIONS[op])
             raise ModelError(f"{op} has no implementation '{kind}'", cure=f"Correct it: {known}")
-        if kind == "streamed" and shape.width > WIDEST_STREAMED:
+        if kind == "streamed" and shape.width > MAX_FUSED_WIDTH:
             raise ModelError(
-                f"the streamed head holds a width of {WIDEST_STREAMED} at most, not {shape.width}",
+                f"the streamed head holds a width of {MAX_FUSED_WIDTH} at most, not {shape.width}",
                 cure="Use head=chunked",
             )
         names[op] = kind
