@@ -186,7 +186,7 @@ def _judge(
 
 @triton.jit
 def _update(
-    params,  # [P, S]
+    values,  # [P, S]; the name `params` is taken in what Triton generates for a launch
     grads,  # [P, S]
     mean,  # [P, S]
     square,  # [P, S]
@@ -214,12 +214,12 @@ def _update(
         m = beta_mean * tl.load(mean + first + place, mask=mask, other=0.0) + rest_mean * grad
         v = tl.load(square + first + place, mask=mask, other=0.0)
         v = beta_square * v + rest_square * grad * grad
-        param = tl.load(params + first + place, mask=mask, other=0.0)
+        param = tl.load(values + first + place, mask=mask, other=0.0)
         param *= 1.0 - tl.load(lr) * weight_decay
         param -= tl.load(factors + 2) * m / (tl.sqrt(v) * tl.load(factors + 3) + eps)
         tl.store(mean + first + place, m, mask=mask)
         tl.store(square + first + place, v, mask=mask)
-        tl.store(params + first + place, param, mask=mask)
+        tl.store(values + first + place, param, mask=mask)
         if HAS_COPY:
             tl.store(copy + first + place, param.to(copy.dtype.element_ty), mask=mask)
     tl.store(grads + first + place, tl.zeros((BLOCK,), tl.float32), mask=mask)
@@ -264,7 +264,7 @@ def cases(capability: int) -> list[Case]:
                 name=f"adamw.update{' and copy' if has_copy else ''}",
                 kernel=_update,
                 signature={
-                    **dict.fromkeys(("params", "grads", "mean", "square"), "*fp32"),
+                    **dict.fromkeys(("values", "grads", "mean", "square"), "*fp32"),
                     "copy": "*bf16" if has_copy else "*fp32",
                     "factors": "*fp32",
                     "lr": "*fp32",

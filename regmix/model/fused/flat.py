@@ -49,12 +49,15 @@ class FlatParameters:
 
     def views(self, flat_PS: Tensor) -> dict[str, Tensor]:
         """Return each tensor's part of a flat buffer, [P, ...] by name."""
-        return {
-            name: flat_PS[:, start : start + math.prod(self.shapes[name])].view(
-                flat_PS.shape[0], *self.shapes[name]
-            )
-            for name, start in self._starts.items()
-        }
+        num_proxies, size = flat_PS.shape
+        found = {}
+        for name, start in self._starts.items():
+            lengths = self.shapes[name]
+            # `view` would make up another stride over the proxies where there is one of them, and
+            # Triton compiles a kernel by what its arguments' strides can be divided by.
+            strides = (size, *(math.prod(lengths[axis + 1 :]) for axis in range(len(lengths))))
+            found[name] = flat_PS.as_strided((num_proxies, *lengths), strides, start)
+        return found
 
     def refresh_copy(self) -> None:
         """Round the values into the working copy, after they were set from outside."""

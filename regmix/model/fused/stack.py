@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
-from regmix_kernels.by_reference import IGNORED
+from regmix_kernels.reference import IGNORED
 from torch import Tensor
 
 from regmix.errors import ModelError
@@ -238,12 +238,13 @@ class FusedStack:
             ids = self._tokens[:, first : first + self.micro_batch].to(torch.int32)
             if self._tokens.dtype == torch.int16:
                 ids = ids.bitwise_and(0xFFFF)
+            # Copies in every case: one sequence of one proxy would stay a view, its labels 4 bytes
+            # off the alignment for which the kernels are compiled otherwise.
             inputs_PN, labels_PN = (
-                part.reshape(self.num_proxies, -1) for part in (ids[..., :-1], ids[..., 1:])
+                part.clone(memory_format=torch.contiguous_format).view(self.num_proxies, -1)
+                for part in (ids[..., :-1], ids[..., 1:])
             )
-            nats_PN = self.model.forward_backward(
-                self.flat, inputs_PN.contiguous(), labels_PN.contiguous(), scale
-            )
+            nats_PN = self.model.forward_backward(self.flat, inputs_PN, labels_PN, scale)
             self.ops.add_row_sums(nats_PN, self._nats_P)
         self._loss_P.copy_(self._nats_P * scale)
         lr_1 = self._rates_S.index_select(0, self._step_1)
