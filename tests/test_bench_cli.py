@@ -17,17 +17,13 @@ from regmix_bench import (
     ceilings,
     compare,
     harness,
-    suite_decision,
-    suite_kernels,
-    suite_proxies,
-    suite_train,
-    suites,
     throughput,
     timing,
 )
 from regmix_bench.harness import Record
 from regmix_bench.peaks import Sweep, mfu, peak_of
 from regmix_bench.stack import Case
+from regmix_bench.suites import decision, kernels, proxies, registry, train
 
 from regmix.cli.bench import command
 from regmix.errors import ConfigError, RegmixError, StorageError
@@ -45,18 +41,18 @@ def record(
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the suites' sizes those of a test, and the peers absent."""
     case = Case(preset="cpu-32", vocab_size=64, sequences=2, seq_len=16)
-    monkeypatch.setattr(suite_train, "CPU_CASE", case)
-    monkeypatch.setattr(suite_proxies, "CASE", case)
+    monkeypatch.setattr(train, "CPU_CASE", case)
+    monkeypatch.setattr(proxies, "CASE", case)
     for name, value in {"VOCAB": 64, "SEQUENCES": 2, "SEQ_LEN": 16, "TOKENS": 32}.items():
-        monkeypatch.setattr(suite_kernels, name, value)
-    monkeypatch.setattr(suite_decision, "NUM_RUNS", 24)
-    monkeypatch.setattr(suite_decision, "NUM_GUESSES", 1000)
+        monkeypatch.setattr(kernels, name, value)
+    monkeypatch.setattr(decision, "NUM_RUNS", 24)
+    monkeypatch.setattr(decision, "NUM_GUESSES", 1000)
     monkeypatch.setitem(ceilings.GEMM_SIZE, "cpu", 64)
     monkeypatch.setitem(ceilings.COPY_BYTES, "cpu", 1 << 20)
-    for module in (suite_train, suite_proxies):
+    for module in (train, proxies):
         monkeypatch.setattr(module, "missing", lambda name: f"{name} is not installed")
         monkeypatch.setattr(module, "available_cores", lambda: 1)
-    monkeypatch.setattr(suite_proxies.Runner, "measure", lambda self, seconds: 100.0)
+    monkeypatch.setattr(proxies.Runner, "measure", lambda self, seconds: 100.0)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -69,8 +65,8 @@ def bench(*words: str) -> Result:
 def test_the_list_names_every_suite_and_measures_nothing() -> None:
     result = bench("--list")
     assert result.exit_code == 0
-    assert [line.split()[0] for line in result.output.splitlines()] == list(suites.SUITES)
-    assert set(suites.SUITES) == {"kernels", "proxies", "train", "sampler", "decision", "pack"}
+    assert [line.split()[0] for line in result.output.splitlines()] == list(registry.SUITES)
+    assert set(registry.SUITES) == {"kernels", "proxies", "train", "sampler", "decision", "pack"}
 
 
 def test_an_unknown_suite_is_an_error_that_names_the_nearest() -> None:
@@ -136,10 +132,10 @@ def test_a_profile_is_a_trace_with_the_parts_of_a_step(small: None, tmp_path: Pa
 def test_a_file_that_cannot_be_written_fails_before_anything_is_measured(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def measure(name: str, settings: suites.Settings) -> list[Record]:
+    def measure(name: str, settings: registry.Settings) -> list[Record]:
         raise AssertionError("it measured")
 
-    monkeypatch.setattr(suites, "run_suite", measure)
+    monkeypatch.setattr(registry, "run_suite", measure)
     (tmp_path / "file").write_text("", encoding="utf-8")
     result = bench("train", "--json", str(tmp_path / "file" / "r.jsonl"))
     assert isinstance(result.exception, StorageError)
@@ -151,7 +147,7 @@ def test_a_failed_measurement_is_no_success_and_keeps_the_others(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     failed = record("failed: RuntimeError: it fell", 1.0, "failures")
-    monkeypatch.setattr(suites, "run_suite", lambda name, settings: [record(), failed])
+    monkeypatch.setattr(registry, "run_suite", lambda name, settings: [record(), failed])
     path = tmp_path / "r.jsonl"
     result = bench("train", "--json", str(path))
     assert isinstance(result.exception, RegmixError)
@@ -162,13 +158,13 @@ def test_a_failed_measurement_is_no_success_and_keeps_the_others(
 def test_without_a_suite_all_are_toured_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     toured = []
 
-    def measure(name: str, settings: suites.Settings) -> list[Record]:
+    def measure(name: str, settings: registry.Settings) -> list[Record]:
         toured.append((name, settings.quick))
         return [record(suite=name)]
 
-    monkeypatch.setattr(suites, "run_suite", measure)
+    monkeypatch.setattr(registry, "run_suite", measure)
     assert bench().exit_code == 0
-    assert toured == [(name, True) for name in suites.SUITES]
+    assert toured == [(name, True) for name in registry.SUITES]
     toured.clear()
     assert bench("pack", "pack").exit_code == 0
     assert toured == [("pack", False)]
@@ -323,8 +319,8 @@ def test_a_rotation_is_larger_than_the_cache() -> None:
 
 
 def test_the_law_of_the_made_up_runs_has_its_best_where_it_is_found() -> None:
-    law = suite_decision.Law()
-    even = [1 / suite_decision.NUM_DOMAINS] * suite_decision.NUM_DOMAINS
-    worst = suite_decision.shortfall(law, even)
+    law = decision.Law()
+    even = [1 / decision.NUM_DOMAINS] * decision.NUM_DOMAINS
+    worst = decision.shortfall(law, even)
     assert worst.value > 0.01
     assert worst.unit == "nats"

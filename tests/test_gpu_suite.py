@@ -15,10 +15,11 @@ pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 import torch
-from regmix_bench import gpu_checks, gpu_parts, gpu_suite
-from regmix_bench.gpu_check_cases import Case
-from regmix_bench.gpu_run import Run
-from regmix_bench.gpu_stacks import REFERENCE
+from regmix_bench import gpu_suite
+from regmix_bench.gpu import checks, parts
+from regmix_bench.gpu.check_cases import Case
+from regmix_bench.gpu.run import Run
+from regmix_bench.gpu.stacks import REFERENCE
 from regmix_bench.harness import Record
 
 from regmix.model.presets import PRESETS
@@ -84,10 +85,10 @@ def test_nothing_that_was_tried_is_tried_again(messages: list[dict[str, Any]]) -
 
 
 def test_the_parts_are_the_budget_of_a_step() -> None:
-    flops = gpu_parts.part_flops(REFERENCE)
+    flops = parts.part_flops(REFERENCE)
     assert sum(flops.values()) == pytest.approx(REFERENCE.flops_per_token())
-    assert flops[gpu_parts.HEAD] == pytest.approx(77.46e6, rel=1e-3)
-    assert flops[gpu_parts.QKVO] == pytest.approx(3.15e6, rel=1e-2)
+    assert flops[parts.HEAD] == pytest.approx(77.46e6, rel=1e-3)
+    assert flops[parts.QKVO] == pytest.approx(3.15e6, rel=1e-2)
     assert PRESETS["1m"] == REFERENCE
 
 
@@ -196,8 +197,8 @@ def checked(ours: Any) -> list[str]:
     )
     found: list[Record] = []
     run = Run(torch.device("cpu"), 60.0, found.append, lambda words: None, tiny=True)
-    sizes = gpu_checks.TINY_SIZES[0]
-    gpu_checks._check(run, "doubling", case, sizes, torch.float32)()
+    sizes = checks.TINY_SIZES[0]
+    checks._check(run, "doubling", case, sizes, torch.float32)()
     assert len(found) == 2
     return gpu_suite.failures(found)
 

@@ -30,7 +30,7 @@ from regmix_bench import compare
 from regmix_bench.harness import Record, append
 
 if TYPE_CHECKING:
-    from regmix_bench.suites import Settings
+    from regmix_bench.suites.registry import Settings
 
 SUITE = "gpu"
 SECONDS = 540.0
@@ -52,13 +52,13 @@ class Section:
 
 SECTIONS = (
     Section(name="ceilings", module="gpu_suite", function="measure_limits", share=15),
-    Section(name="checks", module="gpu_checks", function="check_kernels", share=80),
-    Section(name="head", module="gpu_head", function="head_bake_off", share=70),
-    Section(name="attention", module="gpu_attention", function="attention_bake_off", share=50),
-    Section(name="pointwise", module="gpu_pointwise", function="pointwise", share=60),
-    Section(name="step", module="gpu_step", function="steps", share=115),
-    Section(name="proxies", module="gpu_proxies", function="end_to_end", share=105),
-    Section(name="block", module="gpu_block", function="blocks", share=55),
+    Section(name="checks", module="gpu.checks", function="check_kernels", share=80),
+    Section(name="head", module="gpu.head", function="head_bake_off", share=70),
+    Section(name="attention", module="gpu.attention", function="attention_bake_off", share=50),
+    Section(name="pointwise", module="gpu.pointwise", function="pointwise", share=60),
+    Section(name="step", module="gpu.step", function="steps", share=115),
+    Section(name="proxies", module="gpu.proxies", function="end_to_end", share=105),
+    Section(name="block", module="gpu.block", function="blocks", share=55),
 )
 NAMES = tuple(section.name for section in SECTIONS)
 
@@ -84,7 +84,7 @@ def child(request: dict[str, Any]) -> int:
     """Run sections as the parent asks; return an exit code."""
     import torch
 
-    from regmix_bench.gpu_run import DeviceLostError, Run
+    from regmix_bench.gpu.run import DeviceLostError, Run
 
     def send(kind: str, value: Any) -> None:
         print(json.dumps({"kind": kind, "value": value}), flush=True)
@@ -268,7 +268,7 @@ def kernel_records(settings: Settings) -> list[Record]:
     """Return the records of `regmix-fast bench kernels` on a GPU: ceilings and bake-offs."""
     import torch
 
-    from regmix_bench.gpu_run import Run
+    from regmix_bench.gpu.run import Run
 
     records: list[Record] = []
     seconds = 90.0 if settings.quick else 300.0

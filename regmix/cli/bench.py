@@ -10,7 +10,7 @@ import click
 
 if TYPE_CHECKING:
     from regmix_bench.harness import Record
-    from regmix_bench.suites import Settings
+    from regmix_bench.suites.registry import Settings
 
 
 @click.command()
@@ -70,7 +70,7 @@ def command(
               regmix-fast bench proxies --json new.jsonl --compare old.jsonl
     """
     from regmix_bench import compare
-    from regmix_bench.suites import SUITES, Settings, check_names
+    from regmix_bench.suites.registry import SUITES, Settings, check_names
 
     from regmix.cli.words import parse_count
     from regmix.errors import RegmixError
@@ -121,7 +121,7 @@ def _device() -> str:
 def _run(names: Sequence[str], settings: Settings, json_path: Path | None) -> list[Record]:
     """Run the suites; what one measured is on the screen and in the file before the next begins."""
     from regmix_bench import compare, harness
-    from regmix_bench.suites import SUITES, run_suite
+    from regmix_bench.suites.registry import SUITES, run_suite
 
     from regmix.files import storage_errors
 

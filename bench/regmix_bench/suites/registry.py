@@ -47,27 +47,27 @@ class Suite:
 
 SUITES: dict[str, Suite] = {
     "kernels": Suite(
-        module="regmix_bench.suite_kernels",
+        module="regmix_bench.suites.kernels",
         text="operations of the model against eager PyTorch, torch.compile, SDPA and the machine",
     ),
     "proxies": Suite(
-        module="regmix_bench.suite_proxies",
+        module="regmix_bench.suites.proxies",
         text="training proxies: tokens/s, MFU, proxies per hour, time and cost of a sweep",
     ),
     "train": Suite(
-        module="regmix_bench.suite_train",
+        module="regmix_bench.suites.train",
         text="steps of a large model: tokens/s and MFU",
     ),
     "sampler": Suite(
-        module="regmix_bench.suite_sampler",
+        module="regmix_bench.suites.sampler",
         text="drawing batches: sequences/s against a gather of known rows, and other loaders",
     ),
     "decision": Suite(
-        module="regmix_bench.suite_decision",
+        module="regmix_bench.suites.decision",
         text="fit and optimize on made-up runs: seconds, rank correlation, the optimum found",
     ),
     "pack": Suite(
-        module="regmix_bench.suite_pack",
+        module="regmix_bench.suites.pack",
         text="text found on this machine into shards: MB/s per core, memory, identical ids",
     ),
 }

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from regmix_bench import timing
-from regmix_bench.gpu_run import Contender, Run, bake_off
+from regmix_bench.gpu.run import Contender, Run, bake_off
 
 ROPE_BASE = 10000.0
 

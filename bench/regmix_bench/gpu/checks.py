@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from regmix_bench.gpu_check_cases import CASES, Case, Sizes
-from regmix_bench.gpu_run import Run
+from regmix_bench.gpu.check_cases import CASES, Case, Sizes
+from regmix_bench.gpu.run import Run
 
 # Relative Frobenius errors. bf16 keeps 8 bits: 2^-9 = 2e-3 for each rounding of inputs and results
 # that the specification does not make; some results pass three of them.

@@ -19,7 +19,7 @@ import numpy as np
 from regmix.model.optim import OptimConfig
 from regmix.model.presets import NEOX_VOCAB_SIZE, ModelShape
 from regmix_bench import timing
-from regmix_bench.gpu_run import Run
+from regmix_bench.gpu.run import Run
 
 if TYPE_CHECKING:
     from regmix.model.fused.stack import FusedStack

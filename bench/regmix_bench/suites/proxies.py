@@ -20,7 +20,7 @@ from regmix_bench.harness import Record
 from regmix_bench.peaks import Sweep
 from regmix_bench.peer_imports import missing
 from regmix_bench.stack import Case, Contender, Runner
-from regmix_bench.suites import Settings
+from regmix_bench.suites.registry import Settings
 from regmix_bench.throughput import speed_records, sweep_records
 
 SUITE = "proxies"
@@ -34,9 +34,9 @@ PEER = "float32 sdpa"
 def measure(settings: Settings) -> list[Record]:
     """Measure the training of proxies on this device."""
     if settings.device == "cuda":
-        from regmix_bench import gpu_proxies
+        from regmix_bench.gpu import proxies
 
-        return gpu_proxies.bench_records(settings)
+        return proxies.bench_records(settings)
     settings.say("left out: the GPU engine and preset 1m at full length (no GPU here)")
     cores = available_cores()
     torch.set_num_threads(cores)

@@ -17,7 +17,7 @@ from regmix.decision.runs import NamedArray, Runs
 from regmix.decision.surrogate import fit
 from regmix_bench import regressors, search
 from regmix_bench.harness import Record
-from regmix_bench.suites import Settings
+from regmix_bench.suites.registry import Settings
 
 SUITE = "decision"
 NUM_DOMAINS, NUM_TARGETS, NUM_RUNS, NUM_UNSEEN = 6, 4, 64, 256

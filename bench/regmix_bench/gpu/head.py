@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from regmix_bench import timing
-from regmix_bench.gpu_run import Contender, Run, bake_off
+from regmix_bench.gpu.run import Contender, Run, bake_off
 from regmix_bench.peer_imports import missing
 
 # Standard deviations of the logits, from a proxy's first steps to a trained one's.

@@ -17,17 +17,18 @@ from typing import TYPE_CHECKING
 import torch
 
 from regmix.model.presets import ModelShape
-from regmix_bench import gpu_baseline, timing
+from regmix_bench import timing
 from regmix_bench.ceilings import ceiling_records
-from regmix_bench.gpu_run import Contender, Run, prepare
-from regmix_bench.gpu_stacks import REFERENCE, TINY, Layout, make_batches, make_stack
+from regmix_bench.gpu import baseline
+from regmix_bench.gpu.run import Contender, Run, prepare
+from regmix_bench.gpu.stacks import REFERENCE, TINY, Layout, make_batches, make_stack
 from regmix_bench.harness import Record
 from regmix_bench.peaks import Sweep
 from regmix_bench.peer_imports import missing
 from regmix_bench.throughput import speed_records, sweep_records
 
 if TYPE_CHECKING:
-    from regmix_bench.suites import Settings
+    from regmix_bench.suites.registry import Settings
 
 SUITE = "proxies"
 # The paper's proxy: 1,000 steps of 512 x 2048; and what a sweep here takes by default.
@@ -109,9 +110,7 @@ def _baselines(run: Run, layout: Layout) -> dict[str, Contender]:
     found: dict[str, Contender] = {}
 
     def variant(name: str, micro: int) -> Callable[[], timing.Work]:
-        return lambda: gpu_baseline.make_step(
-            shape, name, batch=batch, micro=micro, device=run.device
-        )
+        return lambda: baseline.make_step(shape, name, batch=batch, micro=micro, device=run.device)
 
     if run.tiny:
         return {"reference style, eager": Contender(make=variant("eager", 2))}
@@ -125,7 +124,7 @@ def _baselines(run: Run, layout: Layout) -> dict[str, Contender]:
         run.say(f"left out: transformers with torch.compile ({reason})")
     else:
         found["transformers, torch.compile"] = Contender(
-            make=lambda: gpu_baseline.transformers_step(
+            make=lambda: baseline.transformers_step(
                 shape, batch=batch, micro=16, device=run.device, compiled=True
             ),
             needs=40,

@@ -17,7 +17,7 @@ from regmix_bench import profiling, stack, timing
 from regmix_bench.ceilings import ceiling_records, highest, measure_ceilings
 from regmix_bench.harness import Record
 from regmix_bench.peer_imports import missing
-from regmix_bench.suites import Settings
+from regmix_bench.suites.registry import Settings
 from regmix_bench.throughput import speed_records
 
 SUITE = "train"
@@ -28,9 +28,9 @@ PEER = "float32 sdpa"
 def measure(settings: Settings) -> list[Record]:
     """Measure steps of the large model of this device."""
     if settings.device == "cuda":
-        from regmix_bench import gpu_block
+        from regmix_bench.gpu import block
 
-        return gpu_block.train_records(settings)
+        return block.train_records(settings)
     device = torch.device("cpu")
     torch.set_num_threads(available_cores())
     case = dataclasses.replace(CPU_CASE, sequences=2) if settings.quick else CPU_CASE

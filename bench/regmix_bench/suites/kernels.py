@@ -19,7 +19,7 @@ from regmix.model import ops
 from regmix_bench import timing
 from regmix_bench.ceilings import Ceilings, ceiling_records, highest, measure_ceilings
 from regmix_bench.harness import Record
-from regmix_bench.suites import Settings
+from regmix_bench.suites.registry import Settings
 
 SUITE = "kernels"
 # Width 64, 4 heads of 16, hidden 128, vocabulary 4096, 8 sequences of 256: preset cpu-64.

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from regmix_bench import timing
-from regmix_bench.gpu_attention import rotated
-from regmix_bench.gpu_run import Contender, Run, prepare
+from regmix_bench.gpu.attention import rotated
+from regmix_bench.gpu.run import Contender, Run, prepare
 
 EPS = 1e-5
 

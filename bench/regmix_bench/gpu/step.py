@@ -13,9 +13,9 @@ import functools
 
 import numpy as np
 
-from regmix_bench import gpu_parts
-from regmix_bench.gpu_run import Run
-from regmix_bench.gpu_stacks import (
+from regmix_bench.gpu import parts
+from regmix_bench.gpu.run import Run
+from regmix_bench.gpu.stacks import (
     ALL_REFERENCE,
     REFERENCE,
     SMALL,
@@ -38,7 +38,7 @@ def steps(run: Run) -> None:
     if run.tiny:
         main = Layout(shape=TINY, proxies=1, batch=4, micro=2)
     measure_layout(run, main)
-    run.attempt("parts of a step", lambda: gpu_parts.parts_of_step(run, main), needs=8)
+    run.attempt("parts of a step", lambda: parts.parts_of_step(run, main), needs=8)
     stack = dataclasses.replace(main, proxies=8 if not run.tiny else 4, batch=8, micro=4)
     run.attempt("stack against singles", lambda: stack_equals_singles(run, stack), needs=10)
     small = dataclasses.replace(main, shape=TINY if run.tiny else SMALL, batch=16, micro=16)

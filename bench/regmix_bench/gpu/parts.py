@@ -19,8 +19,8 @@ import torch
 
 from regmix.model.presets import ModelShape
 from regmix_bench import timing
-from regmix_bench.gpu_run import Run
-from regmix_bench.gpu_stacks import Layout, make_batches, make_stack
+from regmix_bench.gpu.run import Run
+from regmix_bench.gpu.stacks import Layout, make_batches, make_stack
 
 if TYPE_CHECKING:
     from regmix.model.fused.stack import FusedStack

@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from regmix.model.presets import ModelShape
-from regmix_bench import gpu_baseline, gpu_parts, timing
+from regmix_bench import timing
 from regmix_bench.ceilings import ceiling_records
-from regmix_bench.gpu_run import Contender, Run, prepare
-from regmix_bench.gpu_stacks import TINY, Layout, make_batches, make_stack, seconds_per_step
+from regmix_bench.gpu import baseline, parts
+from regmix_bench.gpu.run import Contender, Run, prepare
+from regmix_bench.gpu.stacks import TINY, Layout, make_batches, make_stack, seconds_per_step
 from regmix_bench.harness import Record
 from regmix_bench.throughput import speed_records
 
 if TYPE_CHECKING:
-    from regmix_bench.suites import Settings
+    from regmix_bench.suites.registry import Settings
 
 SUITE = "train"
 # `1b` of `regmix.model.presets`.
@@ -48,8 +49,8 @@ def blocks(run: Run) -> None:
 
 def block_flops(shape: ModelShape) -> float:
     """Return the FLOPs per token of one block, forward and backward."""
-    parts = gpu_parts.part_flops(dataclasses.replace(shape, num_layers=1))
-    return parts[gpu_parts.ATTENTION] + parts[gpu_parts.MLP] + parts[gpu_parts.QKVO]
+    flops = parts.part_flops(dataclasses.replace(shape, num_layers=1))
+    return flops[parts.ATTENTION] + flops[parts.MLP] + flops[parts.QKVO]
 
 
 def our_block(run: Run, shape: ModelShape, sequences: int) -> None:
@@ -91,7 +92,7 @@ def _peer_block(run: Run, shape: ModelShape, sequences: int, compiled: bool) -> 
 
     torch.manual_seed(0)
     # cuDNN or FlashAttention: SDPA takes its own choice.
-    made = gpu_baseline.Block(shape, gpu_baseline.Parts(False), None).to(run.device, run.dtype)
+    made = baseline.Block(shape, baseline.Parts(False), None).to(run.device, run.dtype)
     cos, sin = rope_tables(shape.seq_len, shape.head_dim, shape.rope_base, run.device, run.dtype)
     size = (sequences, shape.seq_len, shape.width)
     x = torch.randn(size, device=run.device).to(run.dtype).requires_grad_()

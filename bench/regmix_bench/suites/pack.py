@@ -20,7 +20,7 @@ from regmix_bench import pack_speed
 from regmix_bench.harness import Record
 from regmix_bench.pack_speed import Way
 from regmix_bench.peer_imports import with_versions
-from regmix_bench.suites import Settings
+from regmix_bench.suites.registry import Settings
 
 QUICK_BYTES, FULL_BYTES = 600_000, 3_000_000  # of each domain
 PIECE_CHARACTERS = 1500

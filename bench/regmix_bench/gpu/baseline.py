@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from regmix.model.presets import ModelShape
-from regmix_bench.gpu_attention import rotated
+from regmix_bench.gpu.attention import rotated
 
 VARIANTS = ("eager", "fused", "compiled")
 Part = Callable[..., Tensor]

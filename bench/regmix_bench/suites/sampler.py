@@ -17,7 +17,7 @@ from regmix_bench import sampler
 from regmix_bench.harness import Record
 from regmix_bench.peer_imports import with_versions
 from regmix_bench.sampler_peers import PEERS
-from regmix_bench.suites import Settings
+from regmix_bench.suites.registry import Settings
 
 SMALL = dataclasses.replace(
     sampler.QUICK, num_bytes=120_000_000, rounds=3, seconds=0.5, starts=3, damages=20

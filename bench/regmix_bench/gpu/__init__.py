@@ -1,0 +1,1 @@
+"""What `gpu_suite` measures, one module a section, and what the sections share."""

@@ -1,0 +1,1 @@
+"""The suites of `regmix-fast bench`: `registry` lists them."""
