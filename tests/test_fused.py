@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 
 import numpy as np
 import pytest
@@ -178,6 +179,11 @@ def test_every_operation_has_its_default_by_device_and_width() -> None:
     assert "reference" not in on_gpu.values()
     assert on_gpu["head"] == "streamed"
     assert choose(PRESETS["1b"], "cuda")["head"] == "chunked"
+    assert on_gpu["attention"] == "triton"
+    wide_heads = dataclasses.replace(PRESETS["1b"], num_heads=8)
+    assert choose(wide_heads, "cuda")["attention"] == "sdpa"
+    with pytest.raises(ModelError, match="sdpa"):
+        choose(wide_heads, "cuda", {"attention": "triton"})
 
 
 @pytest.mark.parametrize(
@@ -187,6 +193,19 @@ def test_every_operation_has_its_default_by_device_and_width() -> None:
 def test_a_wish_that_cannot_be_had_names_what_can(wishes: dict[str, str], word: str) -> None:
     with pytest.raises(ModelError, match=word):
         choose(PRESETS["1b"], "cuda", wishes)
+
+
+def test_a_gradient_in_bf16_is_rotated_back_as_exactly_as_it_is_stored() -> None:
+    from regmix_kernels import by_reference
+    from regmix_kernels.rope import rope_tables
+
+    cos, sin = rope_tables(64, 32, 10000.0, "cpu")
+    x = torch.randn(1, 64, 3 * 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    ours, exact = x.clone(), x.double()
+    for each in (ours, exact):
+        by_reference.rotate(each, cos, sin, 1, 1)
+    # Half a unit in the last of eight bits: the result is rounded once.
+    torch.testing.assert_close(ours.double(), exact, rtol=2**-8, atol=0)
 
 
 def test_a_stack_for_a_gpu_is_refused_where_there_is_none() -> None:
@@ -216,6 +235,9 @@ class FakeEvent:
     """An event; `recorded` says on which stream it was recorded last."""
 
     recorded: FakeStream | None = None
+
+    def __init__(self, *, blocking: bool = False) -> None:
+        self.blocking = blocking
 
     def record(self, stream: FakeStream) -> None:
         self.recorded = stream

@@ -274,10 +274,13 @@ def _rotated(
 ) -> Tensor:
     half, rotated = cos_TR2.shape[1], num_heads + num_kv_heads
     heads = x_PNC.unflatten(1, (-1, cos_TR2.shape[0])).unflatten(-1, (-1, 2 * half))
-    cos, sin = (table[:, None].to(x_PNC.dtype) for table in (cos_TR2, sin_TR2))
-    low, high = heads[..., :rotated, :half], heads[..., :rotated, half:]
+    # Computed in float32 where the rows have fewer bits, as `rope.rotate_` does.
+    exact = torch.promote_types(x_PNC.dtype, torch.float32)
+    cos, sin = (table[:, None].to(exact) for table in (cos_TR2, sin_TR2))
+    low, high = (part.to(exact) for part in heads[..., :rotated, :].split(half, dim=-1))
     turned = torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
-    return torch.cat((turned, heads[..., rotated:, :]), dim=-2).flatten(-2).flatten(1, 2)
+    both = torch.cat((turned.to(x_PNC.dtype), heads[..., rotated:, :]), dim=-2)
+    return both.flatten(-2).flatten(1, 2)
 
 
 def _split(

@@ -91,17 +91,21 @@ _ATTENTION = {
     (AMPERE, 64): _attention((128, 64, 8, 3), (64, 32, 4, 3), (32, 64, 4, 2)),
     (AMPERE, 128): _attention((64, 64, 4, 2), (64, 64, 8, 2), (32, 64, 8, 2)),
 }
+# At this head size the keys' pass takes all the 255 registers that a thread can have.
+MAX_HEAD_DIM = 128
 # float32 is for checks, not for speed: its products are exact, outside the tensor cores.
 _ATTENTION_FLOAT32 = _attention(*[(32, 32, 4, 1)] * 3)
 
 
 def attention(head_dim: int, capability: int, element_size: int) -> Attention:
-    """Return the tiles for a head size of at most 128.
+    """Return the tiles for a head size of at most `MAX_HEAD_DIM`.
 
     Raises `ValueError` for a larger or an odd one.
     """
-    if not 2 <= head_dim <= 128 or head_dim % 2:
-        raise ValueError(f"Attention's kernels take even head sizes up to 128, not {head_dim}")
+    if not 2 <= head_dim <= MAX_HEAD_DIM or head_dim % 2:
+        raise ValueError(
+            f"Attention's kernels take even head sizes up to {MAX_HEAD_DIM}, not {head_dim}"
+        )
     if element_size > 2:
         return _ATTENTION_FLOAT32
     return _ATTENTION[capability, max(32, _power_of_2(head_dim))]

@@ -389,8 +389,12 @@ def refuse_another_job(job: StackJob, found: object) -> None:
 
 
 def member_parameters(parameters: dict[str, Tensor], position: int) -> dict[str, Tensor]:
-    """Return one member's parameters as a stack of one, [1, ...]."""
-    return {name: value[position : position + 1].clone() for name, value in parameters.items()}
+    """Return one member's parameters as a stack of one, [1, ...], copied to the CPU."""
+    # Not by a copy on the device: a GPU that a stack fills has no room for another model.
+    return {
+        name: value[position : position + 1].to("cpu", copy=True)
+        for name, value in parameters.items()
+    }
 
 
 def failed_names(job: StackJob, failed: np.ndarray) -> Sequence[str]:

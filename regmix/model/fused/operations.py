@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from regmix_kernels.launches import MAX_FUSED_WIDTH
+from regmix_kernels.launches import MAX_FUSED_WIDTH, MAX_HEAD_DIM
 
 from regmix.errors import ModelError, nearest
 from regmix.model.presets import ModelShape
@@ -66,6 +66,8 @@ def choose(
     names = {op: kinds[0] if on_gpu else "reference" for op, kinds in IMPLEMENTATIONS.items()}
     if on_gpu and shape.width > MAX_FUSED_WIDTH:
         names["head"] = "chunked"
+    if on_gpu and shape.head_dim > MAX_HEAD_DIM:
+        names["attention"] = "sdpa"
     for op, kind in (wishes or {}).items():
         if op not in IMPLEMENTATIONS:
             raise ModelError(
@@ -78,6 +80,11 @@ def choose(
             raise ModelError(
                 f"the streamed head holds a width of {MAX_FUSED_WIDTH} at most, not {shape.width}",
                 cure="Use head=chunked",
+            )
+        if (op, kind) == ("attention", "triton") and shape.head_dim > MAX_HEAD_DIM:
+            raise ModelError(
+                f"our attention holds a head size of {MAX_HEAD_DIM} at most, not {shape.head_dim}",
+                cure="Use attention=sdpa",
             )
         names[op] = kind
     return names

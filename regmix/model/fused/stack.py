@@ -286,7 +286,8 @@ class _Streams:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._copies = torch.cuda.Stream(device)
-        self._sent = torch.cuda.Event()
+        # Who waits for it sleeps: a waiting core is one that the sampler's threads could have.
+        self._sent = torch.cuda.Event(blocking=True)
         self._read = [torch.cuda.Event() for _ in range(_STAGING)]
 
     @contextlib.contextmanager
