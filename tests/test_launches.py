@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from dry_launches import Launch, recorded
-from regmix_kernels import linear_cross_entropy, products
+from regmix_kernels import launches, linear_cross_entropy, products
 
 from regmix.model.fused import llama
 from regmix.model.fused.operations import IMPLEMENTATIONS
@@ -50,14 +50,14 @@ def made(shape: ModelShape, *, proxies: int, micro: int, head: str = "streamed")
 
 
 def launched(work: Callable[[], object]) -> list[Launch]:
-    with recorded() as launches:
+    with recorded() as found:
         work()
-    assert launches
-    return launches
+    assert found
+    return found
 
 
-def variants(launches: list[Launch]) -> set[tuple[str, str]]:
-    return {(launch.kernel, launch.variant) for launch in launches}
+def variants(found: list[Launch]) -> set[tuple[str, str]]:
+    return {(launch.kernel, launch.variant) for launch in found}
 
 
 @pytest.mark.parametrize("head", ["streamed", "chunked"])
@@ -92,12 +92,29 @@ def test_grids_are_within_what_cuda_takes(preset: str) -> None:
         ), launch
 
 
+def test_no_product_takes_a_factor_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What a micro-batch of the reference proxy has goes in one.
+    assert launches.head_product(50432) >= 34_000
+    factors = []
+
+    def seen(a: torch.Tensor, b: torch.Tensor, **_: object) -> None:
+        factors.append((a.shape[2], b.shape[1]))
+
+    monkeypatch.setattr(products, "matmul", seen)
+    monkeypatch.setattr(launches, "LARGEST_FACTOR", 128 * 4096 + 1)
+    e, head = (torch.zeros(1, rows, 32, dtype=torch.bfloat16) for rows in (300, 4096))
+    labels = torch.zeros(1, 300, dtype=torch.int32)
+    with recorded():
+        linear_cross_entropy.fused(e, head, labels, scale=1.0, dhead_PVD=head.float())
+    assert factors == [(128, 128), (128, 128), (44, 44)]
+
+
 def test_a_launch_without_a_gpu_sees_alignment() -> None:
     from regmix_kernels import row_sums
 
     sums = torch.zeros(1, dtype=torch.float64)
     whole = torch.zeros(1, 64)
-    with recorded() as launches:
+    with recorded() as found:
         row_sums.add_row_sums(whole[:, :32], sums)
         row_sums.add_row_sums(whole[:, 1:33], sums)
-    assert len(variants(launches)) == 2
+    assert len(variants(found)) == 2

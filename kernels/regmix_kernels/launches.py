@@ -269,6 +269,15 @@ def head_chunk(vocab_size: int) -> int:
     return max(128, 2**28 // vocab_size // 128 * 128)
 
 
+# Offsets inside cuBLAS have had 32 bits before (pytorch issue 17897).
+LARGEST_FACTOR = 2**31 - 1
+
+
+def head_product(pitch: int) -> int:
+    """Return the tokens whose rows of p, `pitch` long, one product takes: whole tiles."""
+    return max(128, LARGEST_FACTOR // pitch // 128 * 128)
+
+
 def logits_row(vocab_size: int) -> Tile:
     """Return the piece of a row of logits that one program has in registers, 16 a thread or 32."""
     return Tile(rows=1, width=min(8192, max(16, _power_of_2(vocab_size))), num_warps=8)

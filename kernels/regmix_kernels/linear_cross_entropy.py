@@ -110,7 +110,12 @@ def fused(
     )
     if dhead_PVD is not None:
         p_PVN = probs_PNV[:, :num_tokens, :vocab_size].mT
-        products.matmul(p_PVN, weighted_PND, out=dhead_PVD, accumulate=True)
+        chunk = launches.head_product(probs_PNV.shape[2])
+        for start in range(0, num_tokens, chunk):
+            part = slice(start, start + chunk)
+            products.matmul(
+                p_PVN[:, :, part], weighted_PND[:, part], out=dhead_PVD, accumulate=True
+            )
         plan = segment_sum.plan(labels_PN, vocab_size)
         segment_sum.add_rows(e_PND, plan, dhead_PVD, scale=-scale)
     return nats_PN, de_PND
