@@ -90,3 +90,7 @@ def test_unknown_preset_names_the_nearest() -> None:
 def test_bad_shape_names_the_field(name: str, value: float) -> None:
     with pytest.raises(ModelError, match=name if name != "num_heads" else "width"):
         ModelShape(**(FINE | {name: value}))
+
+
+def test_7b_is_llama_2_but_for_its_vocabulary() -> None:
+    assert make_shape("7b", vocab_size=32000).num_parameters == 6_738_415_616

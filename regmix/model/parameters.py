@@ -6,7 +6,7 @@ names of transformers. Does not compute with them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -36,23 +36,33 @@ def parameter_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
 def init_parameters(shape: ModelShape, init_seeds: Sequence[int]) -> dict[str, Tensor]:
     """Return float32 parameters [P, ...]; row i depends on `init_seeds[i]` alone.
 
-    N(0, 2 / (5 width)) for embedding, linears and head; N(0, 1 / hidden) / num_layers for
-    SwiGLU's output projection; ones for norms (sail-sg/regmix, as TinyLlama).
+    Values as `initial_values` has them.
     """
     if len(init_seeds) == 0:
         raise ModelError("A stack of no proxies", cure="Give at least one init seed")
     shapes = parameter_shapes(shape)
-    params = {name: torch.ones(len(init_seeds), *size) for name, size in shapes.items()}
+    params = {name: torch.empty(len(init_seeds), *size) for name, size in shapes.items()}
+    for row, seed in enumerate(init_seeds):
+        for name, value in initial_values(shape, seed):
+            params[name][row] = value
+    return params
+
+
+def initial_values(shape: ModelShape, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Yield one model's parameters at its start, float32, in the order of the stack, one at a time.
+
+    N(0, 2 / (5 width)) for embedding, linears and head; N(0, 1 / hidden) / num_layers for
+    SwiGLU's output projection; ones for norms (sail-sg/regmix, as TinyLlama).
+    """
     linear_std = (2.0 / (5.0 * shape.width)) ** 0.5
     down_std = shape.hidden**-0.5 / shape.num_layers
-    for row, seed in enumerate(init_seeds):
-        generator = torch.Generator().manual_seed(int(seed))
-        for name, stacked in params.items():
-            if name.endswith("norm"):
-                continue
-            std = down_std if name.endswith(".down") else linear_std
-            stacked[row].normal_(0.0, std, generator=generator)
-    return params
+    generator = torch.Generator().manual_seed(int(seed))
+    for name, size in parameter_shapes(shape).items():
+        if name.endswith("norm"):
+            yield name, torch.ones(size)
+            continue
+        std = down_std if name.endswith(".down") else linear_std
+        yield name, torch.empty(size).normal_(0.0, std, generator=generator)
 
 
 def transformers_state(params: dict[str, Tensor], row: int, shape: ModelShape) -> dict[str, Tensor]:

@@ -116,6 +116,15 @@ PRESETS: dict[str, ModelShape] = {
         vocab_size=NEOX_VOCAB_SIZE,
         seq_len=2048,
     ),
+    # Llama 2 7B (arXiv:2307.09288), but for the vocabulary and the sequence length.
+    "7b": ModelShape(
+        num_layers=32,
+        width=4096,
+        num_heads=32,
+        hidden=11008,
+        vocab_size=NEOX_VOCAB_SIZE,
+        seq_len=2048,
+    ),
     # For a CPU: proxies of 32 and 64, and a final model of 128.
     "cpu-32": ModelShape(
         num_layers=2, width=32, num_heads=2, hidden=64, vocab_size=4096, seq_len=128
