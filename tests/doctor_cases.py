@@ -46,7 +46,7 @@ INTERPRETER = interpreter.Facts(
     optimized=False,
     executable="/env/bin/python",
     requirements=(
-        interpreter.Requirement(name="torch", wanted=">=2.8", version="2.11.0", fits=True),
+        interpreter.Requirement(name="torch", wanted=">=2.10", version="2.11.0", fits=True),
     ),
 )
 NATIVE = native.Facts(
@@ -164,10 +164,10 @@ ILL: tuple[tuple[Any, str, str, str, str], ...] = (
         replace(
             INTERPRETER,
             requirements=(
-                interpreter.Requirement(name="torch", wanted=">=2.8", version="2.1", fits=False),
+                interpreter.Requirement(name="torch", wanted=">=2.10", version="2.1", fits=False),
             ),
         ),
-        *("packages", "problem", "torch 2.1 is not >=2.8", 'pip install "torch>=2.8"'),
+        *("packages", "problem", "torch 2.1 is not >=2.10", 'pip install "torch>=2.10"'),
     ),
     (
         replace(

@@ -91,3 +91,9 @@ def test_arguments_that_do_not_fit_the_kernel_are_named() -> None:
     case = Case(name="any", kernel=_hungry, signature={"y": "*fp32"})
     with pytest.raises(ValueError, match="y"):
         compile_case(case, 90)
+
+
+@pytest.mark.parametrize("name", ["head.stream D256 V50432", "head.log_sum_exp D256 V50432"])
+def test_the_largest_kernels_fit_a_gpu_with_less_shared_memory(name: str) -> None:
+    (case,) = (case for case in shipped(89) if case.name == name)
+    assert compile_case(case, 89).faults(case, 89) == []

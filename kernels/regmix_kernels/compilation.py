@@ -24,8 +24,8 @@ from triton.compiler import ASTSource
 
 CAPABILITIES = (80, 90)
 # Dynamic shared memory that one block can have, CUDA C++ programming guide, table of compute
-# capabilities: 163 KB and 227 KB.
-SHARED_LIMIT_BYTES = {80: 163 * 1024, 90: 227 * 1024}
+# capabilities: 163 KB, 99 KB and 227 KB.
+SHARED_LIMIT_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 _WARP = 32
 
 

@@ -296,7 +296,7 @@ def cases(capability: int) -> list[Case]:
             Case(
                 name=f"head.cross_entropy V{vocab_size}",
                 kernel=head_kernels.cross_entropy,
-                signature={"logits": "*bf16", "labels": "*i64", "nats": "*fp32", "scale": "fp32"},
+                signature={"logits": "*bf16", "labels": "*i32", "nats": "*fp32", "scale": "fp32"},
                 constants={"VOCAB": vocab_size, "PITCH": vocab_size, "BLOCK_V": launch.width},
                 num_warps=launch.num_warps,
             )
@@ -305,7 +305,7 @@ def cases(capability: int) -> list[Case]:
 
 
 _SUMS = {"e": "*bf16", "head": "*bf16", "sums": "*fp32", "shifts": "*fp32"}
-_SIZES = {"num_tokens": "i32", "head_stride": "i32:16"}
+_SIZES = {"num_tokens": "i32:16", "head_stride": "i32:16"}
 
 
 def _stream_case(gpu: int, width: int, vocab_size: int, rescue: bool) -> Case:
@@ -346,7 +346,7 @@ def _finish_case(width: int, vocab_size: int, gradient: bool) -> Case:
         signature={
             "e": "*bf16",
             "head": "*bf16",
-            "labels": "*i64",
+            "labels": "*i32",
             "sums": "*fp32",
             "shifts": "*fp32",
             "nats": "*fp32",

@@ -107,7 +107,7 @@ def gather(request: Request) -> Facts:
 def check_torch(facts: Facts) -> list[Finding]:
     """Does torch load, and is it a build that can use the GPUs that are there?"""
     if facts.torch is None:
-        return [problem(f"torch cannot be used: {facts.torch_error}", 'pip install "torch>=2.8"')]
+        return [problem(f"torch cannot be used: {facts.torch_error}", 'pip install "torch>=2.10"')]
     if facts.hip is not None:
         return [
             note(
