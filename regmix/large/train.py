@@ -198,12 +198,12 @@ def run_training(
     """Train the models that are not trained; return the names of all that were asked for."""
     shards = study.open_shards()
     members = [
-        _member(study, f"{name}-{replicate}", recipe, request.training, replicate)
+        model_member(study, f"{name}-{replicate}", recipe, request.training, replicate)
         for name, recipe in request.mixtures.items()
         for replicate in range(request.replicates)
     ]
     with study.lock() as descriptor:
-        waiting = [m for m in members if not _is_trained(study, m, request.training)]
+        waiting = [m for m in members if not is_trained(study, m, request.training)]
         remove_leftovers(
             study.stacks_path, "train-*", keep=lambda path: (path / "job.json").is_file()
         )
@@ -244,21 +244,27 @@ def run_training(
     return [member.name for member in members]
 
 
-def _member(study: Study, name: str, recipe: Recipe, training: Training, replicate: int) -> Member:
+def model_member(
+    study: Study, name: str, recipe: Recipe, training: Training, replicate: int
+) -> Member:
+    """Return the member of a stack that trains on a recipe with a replicate's seeds."""
     if isinstance(recipe, Schedule):
         segments = recipe.at_steps(training.num_steps)
         return scheduled_member(study, name, segments, training.num_steps, replicate)
     return study_member(study, name, dict(recipe), replicate)
 
 
-def _is_trained(study: Study, member: Member, training: Training) -> bool:
+def is_trained(study: Study, member: Member, training: Training) -> bool:
+    """Return whether a model is there; `ModelError` where one of other settings has its name."""
     summary = study.models_path / member.name / "summary.json"
     if not summary.is_file():
         return False
     found = read_table(summary)
     # Through JSON, so that both sides have the same types.
     asked = json.loads(json.dumps({"member": as_table(member), "training": as_table(training)}))
-    if found.get("member") == asked["member"] and found.get("training") == asked["training"]:
+    # A run whose mixture was changed on the way says beside what it read what was asked for.
+    member_found = found.get("asked", found.get("member"))
+    if member_found == asked["member"] and found.get("training") == asked["training"]:
         return True
     raise ModelError(
         f"{summary.parent} holds a model of other settings (mixture, seeds, shape or tokens)",
@@ -322,7 +328,7 @@ def _collect(study: Study, shards: ShardSet, event: Done) -> list[str]:
             atomic_open(target / "model.safetensors") as copy,
         ):
             shutil.copyfileobj(source, copy)
-        summary = _summary(shards, member, training, event.result, curve)
+        summary = model_summary(shards, member, training, event.result, curve)
         write_json(target / "summary.json", summary)
     shutil.rmtree(folder, ignore_errors=True)
     return failures
@@ -349,9 +355,13 @@ def _metrics(curve: np.ndarray, training: Training) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _summary(
+def model_summary(
     shards: ShardSet, member: Member, training: Training, result: dict[str, Any], curve: np.ndarray
 ) -> dict[str, Any]:
+    """Return a model's `summary.json`.
+
+    result: the `seconds` and `tokens` of its training; curve: its training losses [S].
+    """
     mixture_name, _, replicate = member.name.rpartition("-")
     plan = plan_domains(shards, member.dealt, training)
     seconds = result["seconds"]

@@ -21,6 +21,13 @@ from regmix.model.presets import ModelShape
 class Block(nn.Module):
     """One layer; `recompute`: keep its input only, and run it again in the backward."""
 
+    attention_norm: Tensor
+    qkv: Tensor
+    attention_out: Tensor
+    mlp_norm: Tensor
+    gate_up: Tensor
+    down: Tensor
+
     def __init__(self, shape: ModelShape, sizes: dict[str, tuple[int, ...]], recompute: bool):
         super().__init__()
         self.shape, self.recompute = shape, recompute
