@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -10,98 +12,25 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from test_formats import TEXTS, pack
+from model_cases import OPTIMUM, SHAPES, add_model, make_study, random_parameters
+from safetensors import safe_open
+from test_formats import TEXTS
 
 from regmix.cli.export import FORMATS as CHOICES
 from regmix.cli.export import command
 from regmix.data.formats import FORMATS
-from regmix.data.mixtures import Mixture, read_mixture_yaml, write_mixture_yaml
-from regmix.data.shards import ShardSet
+from regmix.data.mixtures import read_mixture_yaml, write_mixture_yaml
 from regmix.data.tokenizer import train_bpe
 from regmix.errors import ConfigError, MixtureError, ModelError, RegmixError, StorageError
 from regmix.files import write_json
 from regmix.large.export import export_model, hugging_face_weights, model_card
-from regmix.model.llama import StackedLlama, init_parameters
-from regmix.model.optim import OptimConfig
-from regmix.model.presets import ModelShape
-from regmix.provenance import environment_record
-from regmix.study import Study, StudyConfig, Training, as_table
-from regmix.swarm.checkpoint import write_tensors
-
-OPTIMUM = {"code": 0.7, "web": 0.3}
-SHAPES = {
-    "plain": ModelShape(num_layers=2, width=48, num_heads=3, hidden=80, vocab_size=300, seq_len=32),
-    "grouped and tied": ModelShape(
-        num_layers=1,
-        width=32,
-        num_heads=4,
-        num_kv_heads=2,
-        hidden=72,
-        vocab_size=300,
-        seq_len=24,
-        rope_base=500.0,
-        norm_eps=1e-3,
-        tied=True,
-    ),
-}
-
-
-def random_parameters(shape: ModelShape) -> dict[str, torch.Tensor]:
-    # Norms start at one; a swapped or forgotten norm would not show.
-    generator = torch.Generator().manual_seed(7)
-    return {
-        name: value + 0.1 * torch.randn(value.shape, generator=generator)
-        for name, value in init_parameters(shape, [3]).items()
-    }
-
-
-def add_model(study: Study, shards: ShardSet, name: str, shape: ModelShape) -> None:
-    folder = study.models_path / name
-    folder.mkdir(parents=True)
-    write_tensors(folder / "model.safetensors", random_parameters(shape), {})
-    tokenizer = {"file": str(shards.tokenizer_path), "hash": shards.tokenizer_hash}
-    write_json(folder / "config.json", {"shape": as_table(shape), "tokenizer": tokenizer})
-    row = {"loss_nats": 3.25, "bits_per_byte": 1.5, "tokens": 10, "utf8_bytes": 40}
-    write_json(
-        folder / "evaluation.json", {"targets": {"web": row}, "objective": {"loss_nats": 3.25}}
-    )
-    member = {"name": name, "weights": OPTIMUM, "data_seed": 5, "init_seed": 6}
-    summary = {"name": name, "mixture": "optimum", "replicate": 0, "member": member}
-    extra = {"tokens": 1000, "epochs": {"code": 1.25}, "environment": environment_record()}
-    write_json(folder / "summary.json", {**summary, **extra})
+from regmix.model.llama import StackedLlama
+from regmix.study import Study
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    root = tmp_path_factory.mktemp("export")
-    tokenizer = train_bpe((text for texts in TEXTS.values() for text in texts), 300)
-    shards = pack(root / "shards", tokenizer)
-    optim = OptimConfig(lr=1e-3, warmup_steps=1, schedule="constant")
-    proxy = Training(shape=SHAPES["plain"], optim=optim, batch_size=2, num_steps=4)
-    config = StudyConfig(
-        shards="../shards",
-        shards_checksum=shards.checksum,
-        train_domains=("code", "web"),
-        targets=("code", "web"),
-        objective={"web": 1.0},
-        prior={"code": 0.25, "web": 0.75},
-        available_tokens={d: shards.stats("train", d).tokens for d in TEXTS},
-        proxy=proxy,
-    )
-    made = Study.create(root / "study", config)
-    write_mixture_yaml(made.optimum_path, Mixture(OPTIMUM))
-    write_json(
-        made.path / "optimum.json",
-        {
-            "domains": list(OPTIMUM),
-            "weights": list(OPTIMUM.values()),
-            "epochs": {"code": 2.5, "web": 0.5},
-            "budget_tokens": 1000,
-        },
-    )
-    for name, shape in SHAPES.items():
-        add_model(made, shards, name.replace(" ", "-"), shape)
-    return made
+    return make_study(tmp_path_factory.mktemp("export"))
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -140,7 +69,8 @@ def test_transformers_measures_the_same_loss(study: Study, tmp_path: Path, name:
     with torch.no_grad():
         logits = theirs(tokens[:, :-1]).logits[mask]
     loss = torch.nn.functional.cross_entropy(logits, tokens[:, 1:][mask])
-    (ours,) = mean_losses(StackedLlama(shape), random_parameters(shape), windows)
+    evaluate = functools.partial(StackedLlama(shape).evaluate, random_parameters(shape))
+    (ours,) = mean_losses(evaluate, windows)
     assert ours == pytest.approx(float(loss), rel=1e-5)
 
 
@@ -174,10 +104,55 @@ def test_the_model_generates_from_its_own_settings(study: Study, tmp_path: Path)
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     export_model(study, "plain", tmp_path / "model")
-    assert GenerationConfig.from_pretrained(tmp_path / "model").max_length == 32
+    assert GenerationConfig.from_pretrained(tmp_path / "model").do_sample is False
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     out = model.generate(torch.tensor([[5, 6]]), max_new_tokens=3)
     assert 3 <= out.shape[1] <= 5
+
+
+def test_transformers_generates_without_a_warning(
+    study: Study,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import warning_once
+
+    export_model(study, "plain", tmp_path / "model")
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    warning_once.cache_clear()  # said once a process, and another test may have heard it
+    try:
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+        model.generate(torch.tensor([[5, 6]]), max_new_tokens=3)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert [record.message for record in caplog.records] == []
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+@pytest.mark.parametrize("max_shard_bytes", [1, 20_000, 60_000])
+def test_several_files_of_weights_are_read_as_one(
+    study: Study, tmp_path: Path, max_shard_bytes: int
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    export_model(study, "plain", whole)
+    export_model(study, "plain", parts, max_shard_bytes=max_shard_bytes)
+    index = json.loads((parts / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in parts.glob("*.safetensors"))
+    assert files == sorted(set(index["weight_map"].values()))
+    assert files[-1] == f"model-{len(files):05d}-of-{len(files):05d}.safetensors"
+    assert index["metadata"]["total_size"] == 4 * SHAPES["plain"].num_parameters
+    one, many = (LlamaForCausalLM.from_pretrained(folder).state_dict() for folder in (whole, parts))
+    assert one.keys() == many.keys()
+    assert all(torch.equal(one[name], many[name]) for name in one)
+    for file in files:
+        with safe_open(parts / file, framework="pt") as stream:
+            sizes = [stream.get_tensor(name).nbytes for name in stream.keys()]  # noqa: SIM118
+        assert len(sizes) == 1 or sum(sizes) <= max_shard_bytes
 
 
 def test_the_card_names_mixture_data_and_losses(study: Study, tmp_path: Path) -> None:
@@ -199,12 +174,9 @@ def test_a_name_cannot_break_out_of_the_cards_table(study: Study, tmp_path: Path
     assert "# a \\| b # &lt;script>" in card
 
 
-def test_exported_weights_do_not_share_memory() -> None:
+def test_a_tied_head_is_exported_once() -> None:
     shape = SHAPES["grouped and tied"]
-    weights = hugging_face_weights(random_parameters(shape), shape)
-    assert "lm_head.weight" not in weights
-    places = {weight.untyped_storage().data_ptr() for weight in weights.values()}
-    assert len(places) == len(weights)
+    assert "lm_head.weight" not in hugging_face_weights(random_parameters(shape), shape)
 
 
 def test_an_export_appears_whole_or_not_at_all(
@@ -314,6 +286,22 @@ def test_the_command_exports_a_model(study: Study, tmp_path: Path) -> None:
     assert answer["files"] == sorted(str(path) for path in out.iterdir())
 
 
+def test_the_command_limits_the_size_of_files(study: Study, tmp_path: Path) -> None:
+    answer = run(
+        study.path,
+        "--model",
+        "plain",
+        "--max-shard-size",
+        "0.06MB",
+        "--out",
+        tmp_path / "m",
+        "--json",
+    )
+    sizes = [Path(file).stat().st_size for file in answer["files"] if "safetensors" in file]
+    assert len(sizes) > 2
+    assert max(sizes) < 70_000
+
+
 @pytest.mark.parametrize(
     ("words", "error", "says"),
     [
@@ -322,6 +310,8 @@ def test_the_command_exports_a_model(study: Study, tmp_path: Path) -> None:
         (("--format", "olmo", "--mixture", "optimun"), MixtureError, "did you mean 'optimum'"),
         (("--format", "olmo", "--location", "data"), MixtureError, "same for every domain"),
         (("--format", "olmo", "--tokenizer", "absent.json"), StorageError, "absent.json"),
+        (("--format", "olmo", "--max-shard-size", "1GB"), ConfigError, "a model's weights"),
+        (("--model", "plain", "--max-shard-size", "big"), ConfigError, "not a number"),
     ],
 )
 def test_bad_words_are_refused_with_a_cure(

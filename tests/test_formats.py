@@ -193,7 +193,7 @@ TEXTS = {
 }
 
 
-def pack(folder: Path, tokenizer: Tokenizer) -> ShardSet:
+def pack(folder: Path, tokenizer: Tokenizer, splits: tuple[str, ...] = ("train",)) -> ShardSet:
     (folder / "tokenizer.json").parent.mkdir(parents=True)
     (folder / "tokenizer.json").write_text(tokenizer.text, encoding="utf-8")
     record = TokenizerRecord(
@@ -209,21 +209,22 @@ def pack(folder: Path, tokenizer: Tokenizer) -> ShardSet:
         dtype=dtype_for(tokenizer.vocab_size),
         tokenizer=record,
     )
-    domains = {}
-    for domain, texts in TEXTS.items():
-        files = []
-        for number, part in enumerate((texts[:25], texts[25:])):
-            with ShardWriter(folder, manifest, "train", domain, number) as writer:
-                writer.write(*tokenizer.encode(part))
-            assert writer.record is not None
-            files.append(writer.record)
-        domains[domain] = ShardStats(
-            documents=len(texts),
-            tokens=sum(file.tokens for file in files),
-            utf8_bytes=sum(len(text.encode()) for text in texts),
-            files=tuple(files),
-        )
-    manifest.splits["train"] = domains
+    for split in splits:
+        domains = {}
+        for domain, texts in TEXTS.items():
+            files = []
+            for number, part in enumerate((texts[:25], texts[25:])):
+                with ShardWriter(folder, manifest, split, domain, number) as writer:
+                    writer.write(*tokenizer.encode(part))
+                assert writer.record is not None
+                files.append(writer.record)
+            domains[domain] = ShardStats(
+                documents=len(texts),
+                tokens=sum(file.tokens for file in files),
+                utf8_bytes=sum(len(text.encode()) for text in texts),
+                files=tuple(files),
+            )
+        manifest.splits[split] = domains
     write_manifest(folder, manifest)
     return ShardSet.open(folder)
 

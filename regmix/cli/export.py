@@ -43,6 +43,10 @@ FORMATS = ("megatron", "huggingface", "mosaicml", "torchtitan", "olmo", "regmix"
     help="tokenizer.json of the trainer, where it is another one: weights are restated for it.",
 )
 @click.option("--segment", type=click.IntRange(min=1), help="The segment to write of a schedule.")
+@click.option(
+    "--max-shard-size",
+    help="Largest file of a model's weights, as 5GB.  [default: 5GB]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
 def command(
     study: str | None,
@@ -53,6 +57,7 @@ def command(
     location: str,
     tokenizer: Path | None,
     segment: int | None,
+    max_shard_size: str | None,
     as_json: bool,
 ) -> None:
     """Write the mixture of STUDY for another trainer, or one of its models for transformers.
@@ -73,7 +78,11 @@ def command(
         )
     opened = Study.open(find_study(study))
     if model is not None:
-        answer = _export_model(opened, model, out)
+        answer = _export_model(opened, model, out, max_shard_size or "5GB")
+    elif max_shard_size is not None:
+        raise ConfigError(
+            "--max-shard-size is about a model's weights", cure="Give it with --model"
+        )
     else:
         answer = _export_mixture(opened, str(name), out, mixture, location, tokenizer, segment)
     if as_json:
@@ -86,10 +95,13 @@ def command(
     click.echo(f"Next: {answer['next']}")
 
 
-def _export_model(study: Study, model: str, out: Path) -> dict[str, Any]:
+def _export_model(study: Study, model: str, out: Path, max_shard_size: str) -> dict[str, Any]:
+    from regmix.cli.words import parse_count
     from regmix.large.export import export_model
 
-    files = export_model(study, model, out)
+    # 5GB is 5G bytes.
+    largest = parse_count(max_shard_size.strip().upper().removesuffix("B"))
+    files = export_model(study, model, out, max_shard_bytes=largest)
     return {
         "files": [str(path) for path in files],
         "remarks": [],

@@ -138,14 +138,9 @@ def gains_of(results: Sequence[MixtureResult], mixture: str = "optimum") -> list
         pairs = () if ours is None or other is ours else pair_losses(ours, other)
         if not pairs:
             continue
-        mean, spread = mean_and_spread(pairs)
+        mean, error = mean_and_error(pairs)
         gains.append(
-            Gain(
-                baseline=other.mixture,
-                mean_nats=mean,
-                error_nats=None if spread is None else spread / math.sqrt(len(pairs)),
-                pairs_nats=pairs,
-            )
+            Gain(baseline=other.mixture, mean_nats=mean, error_nats=error, pairs_nats=pairs)
         )
     return gains
 
@@ -166,6 +161,12 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
     """Return mean and standard deviation; the latter is None for a single value."""
     spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return float(np.mean(values)), spread
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """Return mean and its standard error; the latter is None for a single value."""
+    mean, spread = mean_and_spread(values)
+    return mean, None if spread is None else spread / math.sqrt(len(values))
 
 
 def display_order(mixture: str) -> tuple[int, str]:

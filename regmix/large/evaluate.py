@@ -1,12 +1,11 @@
 """Loss of a trained model on every validation set, in nats per token and bits per byte.
 
-Enters: a model's folder and a corpus. Leaves: a table by target over whole validation sets.
-Chooses no model and ranks none.
+Enters: a model's folder, or a Hugging Face checkpoint of the corpus's tokenizer, and a corpus.
+Leaves: a table by target over whole validation sets. Chooses no model and ranks none.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +14,18 @@ from regmix.config import build
 from regmix.data.validation import read_windows
 from regmix.errors import ModelError
 from regmix.files import read_table
+from regmix.large.vocabulary import check_own_tokens, check_same_tokens
 from regmix.model.presets import ModelShape
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from regmix.data.shards import ShardSet
     from regmix.study import Study
+
+LONGEST_WINDOW = 2048
+_TOKENS_AT_ONCE = 8192
 
 
 def load_model(folder: Path) -> tuple[ModelShape, dict[str, Tensor], dict[str, Any]]:
@@ -50,24 +54,78 @@ def load_model(folder: Path) -> tuple[ModelShape, dict[str, Tensor], dict[str, A
     return shape, parameters, config
 
 
-def evaluate_model(study: Study, folder: Path) -> dict[str, Any]:
-    """Evaluate a model of the study on all of its targets; returns `evaluation_table`'s table."""
-    from regmix.model.llama import StackedLlama
-    from regmix.swarm.engine import mean_losses
+def evaluate_model(study: Study, folder: Path, *, gpu: bool = False) -> dict[str, Any]:
+    """Evaluate a model of the study on all of its targets; returns `evaluation_table`'s table.
 
+    gpu: compute on the first GPU in bfloat16, else on the CPU in float32.
+    """
     shape, parameters, config = load_model(folder)
     shards = study.open_shards()
-    if config["tokenizer"]["hash"] != shards.tokenizer_hash:
+    check_own_tokens(folder, config, shards)
+    return _measure(study, shards, shape, parameters, seq_len=shape.seq_len, gpu=gpu)
+
+
+def evaluate_hugging_face(
+    study: Study, folder: Path, *, seq_len: int | None = None, gpu: bool = False
+) -> dict[str, Any]:
+    """Evaluate a Hugging Face Llama checkpoint on the study's targets, as `evaluate_model`.
+
+    seq_len: tokens of a window, which a loss depends on; None for the checkpoint's own length, at
+    most `LONGEST_WINDOW`. Raises `ModelError` where its tokenizer is not the corpus's.
+    """
+    from regmix.large.importing import load_hugging_face, read_shape
+
+    shape, shards = read_shape(folder), study.open_shards()
+    check_same_tokens(folder, shards)
+    if seq_len is not None and seq_len > shape.seq_len:
         raise ModelError(
-            f"{folder}: the model was trained with another tokenizer than {shards.path} has",
-            cure="Evaluate it on shards packed with its own tokenizer",
+            f"windows of {seq_len} tokens, and {folder} was trained for {shape.seq_len}",
+            cure=f"Give --seq-len {shape.seq_len} or less",
         )
-    evaluate = functools.partial(StackedLlama(shape).evaluate, parameters)
+    shape, parameters = load_hugging_face(folder)
+    length = min(shape.seq_len, LONGEST_WINDOW) if seq_len is None else seq_len
+    return _measure(study, shards, shape, parameters, seq_len=length, gpu=gpu)
+
+
+def pick_device(gpu: bool) -> tuple[str, torch.dtype]:
+    """Return the device and the type to compute in; `ModelError` where there is no GPU."""
+    import torch
+
+    if not gpu:
+        return "cpu", torch.float32
+    if not torch.cuda.is_available():
+        raise ModelError("this machine has no GPU that torch can use", cure="Leave --gpu out")
+    return "cuda", torch.bfloat16
+
+
+def _measure(
+    study: Study,
+    shards: ShardSet,
+    shape: ModelShape,
+    parameters: dict[str, Tensor],
+    *,
+    seq_len: int,
+    gpu: bool,
+) -> dict[str, Any]:
+    from regmix.large.inference import LlamaForward
+    from regmix.swarm.engine import mean_losses
+
+    if shape.vocab_size < shards.vocab_size:
+        raise ModelError(
+            f"a vocabulary of {shape.vocab_size}, and {shards.path} has {shards.vocab_size} tokens",
+            cure="Evaluate a model of the corpus's tokenizer",
+        )
+    device, dtype = pick_device(gpu)
+    model = LlamaForward(shape, parameters, device=device, dtype=dtype)
+    at_once = max(1, _TOKENS_AT_ONCE // seq_len)
     losses = {}
     for target in study.config.targets:
-        windows = read_windows(shards, target, seq_len=shape.seq_len)
-        losses[target] = float(mean_losses(evaluate, windows)[0])
-    return evaluation_table(study, shards, losses)
+        windows = read_windows(shards, target, seq_len=seq_len)
+        losses[target] = float(mean_losses(model.evaluate, windows, at_once)[0])
+    table = evaluation_table(study, shards, losses)
+    # For a reader of the table: a loss depends on both, slightly on the second.
+    table |= {"seq_len": seq_len, "computed_in": str(dtype).removeprefix("torch.")}
+    return table
 
 
 def evaluation_table(study: Study, shards: ShardSet, losses: dict[str, float]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """A trained model as a Hugging Face checkpoint, which `transformers` loads as a Llama.
 
-Enters: a model of a study and an empty folder. Leaves: weights under `transformers`' names,
-configuration, tokenizer and a model card that names the mixture and the data. Imports no
-`transformers`: the formats are written out here, and the tests load them back.
+Enters: a model of a study and an empty folder. Leaves: weights under `transformers`' names, in
+files of a limited size, configuration, tokenizer and a model card that names the mixture and the
+data. Imports no `transformers`: the formats are written out here, and the tests load them back.
 """
 
 from __future__ import annotations
@@ -23,11 +23,17 @@ from regmix.files import (
     write_json,
     write_text,
 )
+from regmix.large.importing import INDEX
+from regmix.large.vocabulary import check_own_tokens
 from regmix.model.presets import ModelShape
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from regmix.data.shards import ShardSet
     from regmix.study import Study
+
+MAX_SHARD_BYTES = 5_000_000_000
 
 
 def model_folder(study: Study, name: str) -> Path:
@@ -42,14 +48,16 @@ def model_folder(study: Study, name: str) -> Path:
     return study.models_path / name
 
 
-def export_model(study: Study, name: str, out: Path | str) -> tuple[Path, ...]:
+def export_model(
+    study: Study, name: str, out: Path | str, *, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> tuple[Path, ...]:
     """Write a model of the study as a Hugging Face checkpoint; return the files.
 
-    The folder appears whole or not at all. Raises `ModelError` for an unknown or damaged model or
-    one of another tokenizer than the study's corpus, `StorageError` for a folder that holds files.
+    max_shard_bytes: the weights go into several files, none larger but for a single tensor that
+    is. The folder appears whole or not at all. Raises `ModelError` for an unknown or damaged model
+    or one of another tokenizer than the study's corpus, `StorageError` for a folder that holds
+    files.
     """
-    from safetensors.torch import save
-
     from regmix.large.evaluate import load_model
 
     out = Path(out)
@@ -59,24 +67,19 @@ def export_model(study: Study, name: str, out: Path | str) -> tuple[Path, ...]:
             raise StorageError(f"{out} exists and is not empty", cure="Name another folder")
     shape, parameters, config = load_model(folder)
     shards = study.open_shards()
-    if config["tokenizer"]["hash"] != shards.tokenizer_hash:
-        raise ModelError(
-            f"{folder}: the model was trained with another tokenizer than {shards.path} has",
-            cure="Restore the corpus that it was trained on",
-        )
-    weights = save(hugging_face_weights(parameters, shape), metadata={"format": "pt"})
+    check_own_tokens(folder, config, shards)
+    weights = hugging_face_weights(parameters, shape)
     separator = shards.manifest.tokenizer.separator
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     with storage_errors(out):
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             temporary.mkdir(parents=True)
-            with atomic_open(temporary / "model.safetensors") as stream:
-                stream.write(weights)
+            write_weights(temporary, weights, max_shard_bytes)
             shutil.copyfile(shards.tokenizer_path, temporary / "tokenizer.json")
             end = shards.separator_id
             write_json(temporary / "config.json", llama_config(shape, end))
-            write_json(temporary / "generation_config.json", generation_config(shape, end))
+            write_json(temporary / "generation_config.json", generation_config(end))
             write_json(temporary / "tokenizer_config.json", tokenizer_config(shape, separator))
             write_text(temporary / "README.md", model_card(study, shards, folder, shape))
             os.replace(temporary, out)
@@ -87,15 +90,44 @@ def export_model(study: Study, name: str, out: Path | str) -> tuple[Path, ...]:
     return tuple(sorted(out.iterdir()))
 
 
-def hugging_face_weights(parameters: Mapping[str, Any], shape: ModelShape) -> dict[str, Any]:
-    """Return a model's weights by `transformers`' names; a tied head is stored once."""
-    from regmix.model.llama import transformers_state
+def hugging_face_weights(parameters: Mapping[str, Any], shape: ModelShape) -> dict[str, Tensor]:
+    """Return a model's weights by `transformers`' names, as views; a tied head is there once."""
+    from regmix.model.parameters import transformers_state
 
     state = transformers_state(dict(parameters), 0, shape)
     if shape.tied:
         del state["lm_head.weight"]
-    # Slices of one parameter share memory, which safetensors refuses.
-    return {name: tensor.clone() for name, tensor in state.items()}
+    return state
+
+
+def write_weights(folder: Path, weights: Mapping[str, Tensor], max_shard_bytes: int) -> None:
+    """Write weights as one safetensors file, or as several with their index, in order."""
+    from safetensors.torch import save
+
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, tensor in weights.items():
+        if shards[-1] and filled + tensor.nbytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += tensor.nbytes
+    files = ["model.safetensors"]
+    if len(shards) > 1:
+        count = len(shards)
+        files = [f"model-{at:05d}-of-{count:05d}.safetensors" for at in range(1, count + 1)]
+    for file, names in zip(files, shards, strict=True):
+        # Slices of one parameter share memory, which safetensors refuses.
+        part = {name: weights[name].clone() for name in names}
+        with atomic_open(folder / file) as stream:
+            stream.write(save(part, metadata={"format": "pt"}))
+    if len(shards) > 1:
+        where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        total = {
+            "total_size": sum(tensor.nbytes for tensor in weights.values()),
+            "total_parameters": sum(tensor.numel() for tensor in weights.values()),
+        }
+        write_json(folder / INDEX, {"metadata": total, "weight_map": where})
 
 
 def llama_config(shape: ModelShape, end_id: int) -> dict[str, Any]:
@@ -127,13 +159,15 @@ def llama_config(shape: ModelShape, end_id: int) -> dict[str, Any]:
     }
 
 
-def generation_config(shape: ModelShape, end_id: int) -> dict[str, Any]:
-    """Return `generation_config.json`: greedy up to the trained length."""
+def generation_config(end_id: int) -> dict[str, Any]:
+    """Return `generation_config.json`: greedy, until the separator.
+
+    No `max_length`: with it, `generate(max_new_tokens=...)` warns that both are set.
+    """
     return {
         "bos_token_id": end_id,
         "eos_token_id": end_id,
         "pad_token_id": end_id,
-        "max_length": shape.seq_len,
         "do_sample": False,
     }
 
