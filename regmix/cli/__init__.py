@@ -26,6 +26,7 @@ COMMANDS = {
     "optimize": ("regmix.cli.optimize", "Find the best mixture under constraints."),
     "train": ("regmix.cli.train", "Train the large model on a mixture."),
     "evaluate": ("regmix.cli.evaluate", "Loss and bits per byte of a model, per domain."),
+    "generate": ("regmix.cli.generate", "Let a model go on with a text."),
     "export": ("regmix.cli.export", "Write the mixture or the model for other tools."),
     "report": ("regmix.cli.report", "Write the study's report: one HTML file."),
     "bench": ("regmix.cli.bench", "Measure this machine against its limits and against peers."),
