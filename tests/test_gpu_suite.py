@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
@@ -16,7 +17,7 @@ pytest.importorskip("triton")
 
 import torch
 from regmix_bench import gpu_suite
-from regmix_bench.gpu import checks, parts
+from regmix_bench.gpu import agreement, checks, parts
 from regmix_bench.gpu.check_cases import Case
 from regmix_bench.gpu.run import Run
 from regmix_bench.gpu.stacks import REFERENCE
@@ -217,10 +218,11 @@ def test_a_check_sees_wrong_unwritten_and_stack_dependent_results() -> None:
     assert "NOT stack" in checked(lambda x: 2 * x * (1 + 2e-7 * (len(x) > 1)))[0]
 
 
-def test_the_shares_leave_time_to_every_section() -> None:
+def test_the_shares_leave_time_to_every_usual_section() -> None:
     left, given = 500.0, []
-    for place in range(len(gpu_suite.NAMES)):
-        given.append(gpu_suite.seconds_for(gpu_suite.NAMES[place:], left))
+    names = [section.name for section in gpu_suite.SECTIONS if not section.on_request]
+    for place in range(len(names)):
+        given.append(gpu_suite.seconds_for(names[place:], left))
         left -= given[-1]
     assert left == pytest.approx(0, abs=1e-6)
     assert min(given) > 10
@@ -249,3 +251,15 @@ def test_a_cpu_is_for_trials_only() -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert "--tiny" in done.stderr
+
+
+def test_agreement_sees_a_biased_head_and_lost_ranks() -> None:
+    draw = np.random.default_rng(0)
+    base = draw.normal(3.0, 0.2, (32, 4))
+    seed = base + draw.normal(0.0, 0.01, base.shape)
+    same = base + draw.normal(0.0, 0.001, base.shape)
+    assert all(value <= bound for _, value, bound in agreement.figures(base, same, seed))
+    biased = agreement.figures(base, same + 0.02, seed)
+    assert [value > bound for _, value, bound in biased] == [True, True, False]
+    shuffled = agreement.figures(base, base[::-1], seed)
+    assert shuffled[2][1] > shuffled[2][2]

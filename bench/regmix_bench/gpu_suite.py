@@ -6,6 +6,7 @@ down leaves a record of that, and the rest goes on in another child. Needs torch
 safetensors, and nothing else that this package usually asks for; tokens are made up.
 
     python -m regmix_bench.gpu_suite --json gpu.jsonl
+    python -m regmix_bench.gpu_suite --section agreement      # minutes: may a head be a default?
     python -m regmix_bench.gpu_suite --device cpu --tiny      # a trial of every line, no GPU
 """
 
@@ -42,12 +43,16 @@ DEVICE_LOST, NO_DEVICE = 3, 4
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """name; module and function that measure it; share: its part of the time that is left."""
+    """name; module and function that measure it; share: its part of the time that is left.
+
+    on_request: only where it is named.
+    """
 
     name: str
     module: str
     function: str
     share: float
+    on_request: bool = False
 
 
 SECTIONS = (
@@ -59,6 +64,13 @@ SECTIONS = (
     Section(name="step", module="gpu.step", function="steps", share=115),
     Section(name="proxies", module="gpu.proxies", function="end_to_end", share=105),
     Section(name="block", module="gpu.block", function="blocks", share=55),
+    Section(
+        name="agreement",
+        module="gpu.agreement",
+        function="agreement",
+        share=400,
+        on_request=True,
+    ),
 )
 NAMES = tuple(section.name for section in SECTIONS)
 
@@ -294,7 +306,8 @@ def main() -> int:
         return child(json.loads(options.child))
     if options.device == "cpu" and not options.tiny:
         parser.error("--device cpu is a trial of the suite: give --tiny with it")
-    chosen = [name for name in NAMES if name in (options.section or NAMES)]
+    usual = [section.name for section in SECTIONS if not section.on_request]
+    chosen = [name for name in NAMES if name in (options.section or usual)]
     started = time.monotonic()
     suite = Suite(
         device=options.device,
