@@ -22,7 +22,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from regmix_bench import harness
 
@@ -106,28 +105,13 @@ def our_step(case: Case, stack: int) -> tuple[Callable[[], None], int]:
 def peer_step(case: Case, variant: str) -> tuple[Callable[[], None], int]:
     """Return one step of transformers' Llama in a plain training loop."""
     import torch
-    from torch.nn import functional
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     from regmix.model.presets import make_shape
+    from regmix_bench.peer_llama import make_peer
 
     words = variant.split()
     shape = make_shape(case.preset, vocab_size=case.vocab_size, seq_len=case.seq_len)
-    settings: dict[str, Any] = {"attn_implementation": "eager" if "eager" in words else "sdpa"}
-    config = LlamaConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.width,
-        intermediate_size=shape.hidden,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        max_position_embeddings=shape.seq_len,
-        rms_norm_eps=shape.norm_eps,
-        tie_word_embeddings=False,
-        use_cache=False,
-        **settings,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).train()
+    model, loss_of = make_peer(shape, attention="eager" if "eager" in words else "sdpa")
     if "bf16" in words:
         model = model.to(torch.bfloat16)
     choice = {"foreach": True} if "foreach" in words else {"fused": True}
@@ -136,12 +120,6 @@ def peer_step(case: Case, variant: str) -> tuple[Callable[[], None], int]:
     )
     size = (8, case.sequences, case.seq_len + 1)
     batches = torch.randint(0, case.vocab_size, size, generator=torch.Generator().manual_seed(0))
-
-    def loss_of(tokens: Any) -> Any:
-        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
-        return functional.cross_entropy(
-            logits.view(-1, shape.vocab_size), tokens[:, 1:].reshape(-1)
-        )
 
     compute = torch.compile(loss_of) if "compile" in words else loss_of
     mixed = "autocast-bf16" in words

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from regmix.model.presets import ModelShape
 from regmix_bench.gpu.attention import rotated
+from regmix_bench.peer_llama import make_peer
 
 VARIANTS = ("eager", "fused", "compiled")
 Part = Callable[..., Tensor]
@@ -140,30 +141,8 @@ def transformers_step(
     shape: ModelShape, *, batch: int, micro: int, device: torch.device, compiled: bool
 ) -> Callable[[int], None]:
     """Return one training step of transformers' Llama with SDPA; raises where it is missing."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    settings: dict[str, Any] = {"attn_implementation": "sdpa"}
-    config = LlamaConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.width,
-        intermediate_size=shape.hidden,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        max_position_embeddings=shape.seq_len,
-        rms_norm_eps=shape.norm_eps,
-        tie_word_embeddings=False,
-        use_cache=False,
-        **settings,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).train().to(device)
-
-    def loss(tokens: Tensor) -> Tensor:
-        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
-        return functional.cross_entropy(
-            logits.view(-1, shape.vocab_size), tokens[:, 1:].reshape(-1)
-        )
-
+    model, loss = make_peer(shape)
+    model = model.to(device)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=4e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
