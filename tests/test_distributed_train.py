@@ -17,7 +17,8 @@ from regmix.data.shards import ShardSet
 from regmix.errors import ModelError
 from regmix.large.distributed.job import TrainJob, rows_of, switched
 from regmix.large.distributed.loop import DivergedError, LargeTrainer
-from regmix.large.distributed.parallel import Place, refuse_uneven
+from regmix.large.distributed.parallel import Place
+from regmix.large.distributed.splitting import refuse_uneven
 from regmix.large.distributed.watch import MOST_NOT_FINITE, MOST_SPIKES, LossWatch
 from regmix.swarm.engine import Member, MemberSegment, StoppedError
 

@@ -302,13 +302,18 @@ def test_a_micro_batch_without_a_gpu_is_refused(
     assert "--micro-batch has no use without --gpus" in capfd.readouterr().err
 
 
-def test_large_models_on_gpus_are_refused_honestly(
+def test_large_models_are_planned_on_gpus_and_refused_where_there_are_fewer(
     study: Study, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    answering(monkeypatch, 8)
-    words = ["train", str(study.path), "--mixture", "natural", "--gpus", "8"]
-    assert run_cli(monkeypatch, *words) == 1
-    assert "large models are trained on the CPU only in this version" in capfd.readouterr().err
+    answering(monkeypatch, 2, gpu_0=described(), gpu_1=described())
+    words = ["train", str(study.path), "--mixture", "natural", "--dry-run", "--gpus"]
+    assert run_cli(monkeypatch, *words, "2") == 0
+    shown = capfd.readouterr().err
+    assert "2 x NVIDIA H100 80GB HBM3, DDP" in shown
+    assert "bfloat16" in shown
+    assert "assumes 40% of 989 TFLOP/s, its datasheet's: an assumption, not measured" in shown
+    assert run_cli(monkeypatch, *words, "8") == 1
+    assert "--gpus 8: this machine has 2 GPUs" in capfd.readouterr().err
 
 
 def raised(error: Exception, during: Exception | None = None) -> Exception:

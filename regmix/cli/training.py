@@ -134,18 +134,3 @@ class TrainingDisplay:
     ) -> None:
         if self._progress is not None:
             self._progress.__exit__(kind, error, trace)
-
-
-def refuse_gpus(gpus: int | None) -> None:
-    """Raise where GPUs are asked for: a large model is trained on the CPU in this version."""
-    if gpus is None:
-        return
-    from regmix.errors import StudyError
-    from regmix.swarm.gpus import refuse_too_many
-
-    refuse_too_many(gpus)
-    raise StudyError(
-        f"--gpus {gpus}: large models are trained on the CPU only in this version; proxies can "
-        "use GPUs",
-        cure="Leave --gpus out to train here on the CPU, or `export` the mixture to your trainer",
-    )

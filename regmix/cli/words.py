@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from regmix.errors import ConfigError
 
 if TYPE_CHECKING:
+    from regmix.model.presets import ModelShape
     from regmix.study import Training
 
 _COUNT = re.compile(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([kKmMbBgGtT]?)\s*")
@@ -53,18 +54,10 @@ def training_from(
 
     The number of steps is the smallest that reaches `tokens`.
     """
-    from regmix.config import build, read_toml
     from regmix.model.optim import OptimConfig
-    from regmix.model.presets import ModelShape, make_shape
     from regmix.study import Training
 
-    if model.endswith(".toml"):
-        table = {"vocab_size": vocab_size, **read_toml(model)}
-        if seq_len is not None:
-            table["seq_len"] = seq_len
-        shape = build(ModelShape, table, where=str(Path(model)))
-    else:
-        shape = make_shape(model, vocab_size=vocab_size, seq_len=seq_len)
+    shape = shape_from(model, vocab_size, seq_len)
     num_steps = max(1, -(-tokens // (batch_size * shape.seq_len)))
     return Training(
         shape=shape,
@@ -79,6 +72,19 @@ def training_from(
         eval_tokens=eval_tokens,
         eval_every=eval_every,
     )
+
+
+def shape_from(model: str, vocab_size: int, seq_len: int | None) -> ModelShape:
+    """Return the shape of a preset's name or of a TOML file."""
+    from regmix.config import build, read_toml
+    from regmix.model.presets import ModelShape, make_shape
+
+    if not model.endswith(".toml"):
+        return make_shape(model, vocab_size=vocab_size, seq_len=seq_len)
+    table = {"vocab_size": vocab_size, **read_toml(model)}
+    if seq_len is not None:
+        table["seq_len"] = seq_len
+    return build(ModelShape, table, where=str(Path(model)))
 
 
 def parse_pairs(words: tuple[str, ...]) -> dict[str, float] | None:

@@ -122,7 +122,7 @@ class LocalExecutor:
         self._on_event, self._replace = on_event, replace
         self._waiting.extend(sorted(jobs, key=lambda job: -job.training.tokens * len(job.members)))
         self._remaining = len(jobs)
-        previous = _raise_on_sigterm()
+        previous = raise_on_sigterm()
         try:
             self._hand_out()
             while self._remaining:
@@ -297,7 +297,7 @@ class LocalExecutor:
             worker.wait(STOP_PATIENCE_SECONDS)
 
 
-def _raise_on_sigterm() -> Any:
+def raise_on_sigterm() -> Any:
     """Make SIGTERM raise `KeyboardInterrupt`; return the handler that was there, if any."""
     if threading.current_thread() is not threading.main_thread():
         return None

@@ -28,8 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 from regmix.errors import ModelError
 from regmix.large.distributed.job import TrainJob
 from regmix.large.distributed.module import LargeLlama
-from regmix.model.parameters import initial_values, parameter_shapes
-from regmix.model.presets import ModelShape
+from regmix.large.distributed.splitting import refuse_uneven
+from regmix.model.parameters import initial_values
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -75,21 +75,6 @@ def join(device: str) -> Place:
         # Checkpoints agree over gloo, whose collectives do not queue behind those of training.
         dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
     return Place(rank, num_ranks, place)
-
-
-def refuse_uneven(shape: ModelShape, num_ranks: int) -> None:
-    """Raise `ModelError` where FSDP cannot split every parameter evenly: it must, past dim 0."""
-    for name, size in parameter_shapes(shape).items():
-        if size[0] % num_ranks:
-            fewer = next(
-                n
-                for n in range(num_ranks - 1, 0, -1)
-                if all(s[0] % n == 0 for s in parameter_shapes(shape).values())
-            )
-            raise ModelError(
-                f"FSDP over {num_ranks} processes cannot split '{name}', which has {size[0]} rows",
-                cure=f"Use {fewer} processes, or --parallel ddp where the model fits each",
-            )
 
 
 class ParallelModel:

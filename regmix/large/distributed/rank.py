@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import logging
 import os
 import signal
@@ -103,7 +104,7 @@ def _start_values(job: TrainJob) -> Iterator[tuple[str, Any]]:
 
     assert job.start is not None
     shape, parameters = load_hugging_face(Path(job.start))
-    if shape != job.training.shape:
+    if dataclasses.replace(shape, seq_len=job.training.shape.seq_len) != job.training.shape:
         raise StudyError(
             f"{job.start}: its shape is not the one that the run was planned with",
             cure="Restore the checkpoint, or plan the run again",
