@@ -25,7 +25,7 @@ COMMANDS = {
     "fit": ("regmix.cli.fit", "Regress loss on mixture; show the held-out error."),
     "optimize": ("regmix.cli.optimize", "Find the best mixture under constraints."),
     "train": ("regmix.cli.train", "Train the large model on a mixture."),
-    "evaluate": ("regmix.cli.evaluate", "Loss and bits per byte of a model, per domain."),
+    "evaluate": ("regmix.cli.evaluate", "Loss of a model per domain, or its score on tasks."),
     "generate": ("regmix.cli.generate", "Let a model go on with a text."),
     "export": ("regmix.cli.export", "Write the mixture or the model for other tools."),
     "report": ("regmix.cli.report", "Write the study's report: one HTML file."),

@@ -18,6 +18,7 @@ import numpy as np
 
 from regmix.errors import StudyError
 from regmix.files import read_json, read_text
+from regmix.large.scores import TaskScore, read_scores
 from regmix.study import Study
 
 _FIRST_SHOWN = ("optimum", "natural", "uniform")
@@ -27,7 +28,8 @@ _FIRST_SHOWN = ("optimum", "natural", "uniform")
 class FinalModel:
     """A trained large model; losses in nats per token, absent where it was not evaluated.
 
-    objective: None before the evaluation; training and summary as its files have them.
+    objective: None before the evaluation; training and summary as its files have them; scores on
+    downstream tasks, if it was asked any.
     """
 
     name: str
@@ -39,6 +41,7 @@ class FinalModel:
     objective: float | None
     losses: dict[str, float]
     bits_per_byte: dict[str, float]
+    scores: tuple[TaskScore, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,6 +227,7 @@ def _read_model(folder: Path) -> FinalModel:
         objective=objective,
         losses=losses,
         bits_per_byte=bits,
+        scores=read_scores(folder),
     )
 
 

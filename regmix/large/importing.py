@@ -69,6 +69,11 @@ def load_hugging_face(folder: Path | str) -> tuple[ModelShape, dict[str, Tensor]
     return shape, parameters
 
 
+def check_files(folder: Path) -> None:
+    """Raise `ModelError` where `load_hugging_face` would, as far as headers of files tell."""
+    _checked_places(folder, read_shape(folder), _read_headers(_weight_files(folder)))
+
+
 def read_shape(folder: Path) -> ModelShape:
     """Return the shape that a checkpoint's `config.json` describes; `ModelError` for another."""
     path = folder / "config.json"

@@ -29,6 +29,7 @@ from regmix.report.tables import (
     swarm_rows,
     target_rows,
 )
+from regmix.report.task_table import task_table
 from regmix.report.verdict import cards, headline
 from regmix.report.words import gain_words, nats, percent, span
 from regmix.study import Study
@@ -67,6 +68,7 @@ def render_report(study: Study, *, made: str | None = None) -> str:
         payoff_columns=payoff_columns(facts),
         targets=target_rows(facts),
         models=model_rows(facts),
+        tasks=task_table(facts),
         swarm=swarm_rows(facts),
         settings=settings(facts),
         environments=environments(facts),
