@@ -120,6 +120,7 @@ def test_a_run_that_is_stopped_and_killed_ends_as_an_undisturbed_one(
     _, shown = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 130, shown
     assert "Run the same command again to go on" in shown
+    assert f"natural-0: stopped after step {_num_lines(folder)} of" in shown
     job = TrainJob.from_table(read_table(folder / "job.json"))
     at = _num_lines(folder)
     assert 30 <= at < job.training.num_steps

@@ -26,6 +26,15 @@ ALONE = Place(0, 1, torch.device("cpu"))
 STOPPED_AT = 20
 # Float32 rounding over 50 steps: another order of sums, some 1e-7 of a loss of some nats.
 ROUNDING = 2e-6
+ODD_KINDS: dict[str, dict[str, Any]] = {
+    "tied": {
+        "parallel": "fsdp",
+        "training": training_of(20, tied=True),
+        "within_documents": True,
+        "micro_batch": 2,
+    },
+    "bfloat16": {"parallel": "fsdp", "training": training_of(20), "dtype": "bfloat16"},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +61,7 @@ class Runs:
     whole: dict[str, TrainJob]
     resumed_by_two: dict[str, TrainJob]
     resumed_by_one: dict[str, TrainJob]
+    odd: dict[str, TrainJob]
     found: list[list[Any]]
 
 
@@ -72,15 +82,19 @@ def runs(tiny_shards_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Ru
     )
     for job in by_two.values():
         stopped(LargeTrainer(job, shards, ALONE), STOPPED_AT)
+    odd = {name: job_of(shards, root / f"{name}-two", **how) for name, how in ODD_KINDS.items()}
+    for name, how in ODD_KINDS.items():
+        job = job_of(shards, root / f"{name}-one", **{**how, "parallel": "ddp"})
+        LargeTrainer(job, shards, ALONE).run()
     calls = [
-        ("train", [*whole.values()], {}),
+        ("train", [*whole.values(), *odd.values()], {}),
         ("batches", [job_of(shards, root / "fresh")], {"first": 0}),
         ("batches", [*by_two.values()], {"first": STOPPED_AT}),
         ("train", [*by_two.values()], {}),
         ("stop_after", [*by_one.values()], {"step": STOPPED_AT}),
     ]
     found = run_ranks(2, calls, root / "two")
-    return Runs(shards, one, whole, by_two, by_one, found)
+    return Runs(shards, one, whole, by_two, by_one, odd, found)
 
 
 def test_one_rank_trains_as_the_engine_of_proxies_does(runs: Runs) -> None:
@@ -103,9 +117,18 @@ def test_two_ranks_give_the_losses_of_one(runs: Runs, kind: str) -> None:
     assert ends[0]["squares"] == ends[1]["squares"]
 
 
+@pytest.mark.parametrize("name", ["tied", "bfloat16"])
+def test_tied_masked_and_bfloat16_models_are_shared_as_well(runs: Runs, name: str) -> None:
+    two = losses_in(runs.odd[name].folder)
+    one = losses_in(runs.odd[name].folder.replace("-two", "-one"))
+    # bfloat16 rounds each of the ranks' products by 2^-9, float32 by 2^-24.
+    limit = 5e-3 if name == "bfloat16" else ROUNDING
+    assert np.abs(np.array(one) - np.array(two)).max() < limit
+
+
 def test_fsdp_keeps_a_part_of_the_state_on_each_rank_and_ddp_all_of_it(runs: Runs) -> None:
     for rank in runs.found:
-        ddp, fsdp = rank[0]
+        ddp, fsdp = rank[0][:2]
         # Parameters and two moments.
         assert ddp["bytes"] == 3 * ddp["parameter_bytes"]
         assert fsdp["bytes"] == 3 * fsdp["parameter_bytes"] / 2

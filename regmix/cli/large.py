@@ -224,12 +224,16 @@ def show_plan(plan: Plan, *, dry_run: bool, as_json: bool) -> None:
 
 
 class LargeDisplay:
-    """A live line for each model: loss, speed, utilisation, gradient norm, epochs."""
+    """A live line for each model: loss, speed, utilisation, gradient norm, epochs.
+
+    stopped: what to say where the command is stopped now.
+    """
 
     def __init__(self) -> None:
         self._progress: Progress | None = None
         self._name: str | None = None
         self._epochs: Mapping[str, float] = {}
+        self.stopped = ""
 
     def on_line(self, job: TrainJob, numbers: Mapping[str, Any]) -> None:
         """Show the numbers of a step."""
@@ -241,6 +245,10 @@ class LargeDisplay:
             self._progress = Progress(f"train {job.name}", total=job.training.tokens, unit="tokens")
             self._progress.__enter__()
         assert self._progress is not None
+        self.stopped = (
+            f"{job.name}: stopped after step {numbers['step']} of {job.training.num_steps}; its "
+            f"checkpoint is in {job.folder}"
+        )
         self._epochs = numbers.get("epochs", self._epochs)
         fields: dict[str, str] = {
             "loss": f"{numbers['loss_nats']:.3f} nats",
@@ -320,5 +328,10 @@ def train_shared(
     display = LargeDisplay()
     try:
         return run_large(study, request, on_line=display.on_line)
+    except KeyboardInterrupt:
+        display.close()
+        if display.stopped:
+            click.echo(display.stopped, err=True)
+        raise
     finally:
         display.close()

@@ -237,20 +237,19 @@ class LargeTrainer:
         return losses
 
     def _mean_loss(self, windows: Windows) -> float:
-        place, at_once = self.place, max(EVAL_SEQUENCES, self.micro_batch)
+        place, seq_len = self.place, self.job.training.shape.seq_len
+        # Of the training's own shape where layers are compiled for it.
+        at_once = self.micro_batch if self.job.compiled else max(EVAL_SEQUENCES, self.micro_batch)
         total = torch.zeros((), dtype=torch.float64, device=place.device)
         own = islice(windows.batches(at_once), place.rank, None, place.num_ranks)
         # As many turns on every rank, since FSDP gathers parameters from all of them.
-        empty = (
-            np.zeros((1, self.job.training.shape.seq_len + 1), dtype=np.int64),
-            np.zeros((1, self.job.training.shape.seq_len), dtype=bool),
-        )
         for _ in range(-(-len(windows) // (at_once * place.num_ranks))):
-            tokens_BT1, mask_BT = next(own, empty)
-            total += self.model.nats(
-                torch.from_numpy(tokens_BT1).to(place.device),
-                torch.from_numpy(mask_BT).to(place.device),
-            )
+            tokens_BT1 = torch.zeros(at_once, seq_len + 1, dtype=torch.int64)
+            mask_BT = torch.zeros(at_once, seq_len, dtype=torch.bool)
+            for tokens, mask in islice(own, 1):
+                tokens_BT1[: len(tokens)] = torch.from_numpy(tokens)
+                mask_BT[: len(mask)] = torch.from_numpy(mask)
+            total += self.model.nats(tokens_BT1.to(place.device), mask_BT.to(place.device))
         return place.sum_over_ranks(total).item() / windows.num_tokens
 
     def _tensors(self) -> dict[str, Tensor]:
