@@ -23,10 +23,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, ones
 
 from regmix.errors import StorageError
-from regmix.large.distributed import checkpoint, checkpoint_shard
+from regmix.large.distributed import checkpoint
 
 SECONDS = 120.0
 # Kind, shape, type. 7 and 5 split unevenly over 2 and 3 ranks; 1 leaves empty shards on both.
@@ -53,7 +53,11 @@ class Ranks:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._number = folder, itertools.count()
-        self._context = multiprocessing.get_context("spawn")
+        # torch is imported once, in a process that has no threads, and its copies are the ranks.
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(
+            ["torch.distributed.fsdp", "regmix.large.distributed.checkpoint"]
+        )
         self._workers: list[tuple[Any, Any]] = []
 
     def run(self, num_ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -304,25 +308,57 @@ def save_module(folder: Path) -> int:
     return module.weight.to_local().nbytes
 
 
-def save_and_load_large(folder: Path, elements: int) -> dict[str, int]:
-    """Save and load a sharded tensor with a moment; growth of this process, bytes read at once."""
+def large_tensors(rows: int) -> dict[str, Tensor]:
+    """A sharded weight and its moment, of [1, rows, 64] float32 each."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    local = torch.ones(1, elements // dist.get_world_size(), 64)
-    tensors = {
-        name: DTensor.from_local(local.clone(), mesh, [Shard(1)], run_check=False)
+    return {
+        name: ones(1, rows, 64, device_mesh=mesh, placements=[Shard(1)])
         for name in ("weight", "moment")
     }
+
+
+def save_large(folder: Path, rows: int) -> int:
+    """Save large tensors; the bytes by which this process grew at most."""
+    tensors = large_tensors(rows)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     checkpoint.save(folder, 10, tensors, {}, wait=True)
-    growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    sizes: list[int] = []
-    right = checkpoint_shard.read_slice
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
-    def counted(*args: Any) -> Tensor:
-        piece = right(*args)
-        sizes.append(piece.nbytes)
+
+class Counted:
+    """An opened shard, or a tensor in it, that counts the bytes it gives."""
+
+    def __init__(self, source: Any, sizes: list[int]) -> None:
+        self._source, self._sizes = source, sizes
+
+    def get_slice(self, name: str) -> Counted:
+        return Counted(self._source.get_slice(name), self._sizes)
+
+    def get_shape(self) -> list[int]:
+        return self._source.get_shape()
+
+    def get_tensor(self, name: str) -> Tensor:
+        tensor = self._source.get_tensor(name)
+        self._sizes.append(tensor.nbytes)
+        return tensor
+
+    def __getitem__(self, cut: tuple[slice, ...]) -> Tensor:
+        piece = self._source[cut]
+        self._sizes.append(piece.nbytes)
         return piece
 
-    with mock.patch.object(checkpoint, "read_slice", counted):
+
+def load_large(folder: Path, rows: int) -> tuple[int, int]:
+    """Load large tensors; the bytes read, and those that this rank holds."""
+    sizes: list[int] = []
+    right = checkpoint.open_shard
+
+    @contextmanager
+    def counted(path: Path) -> Iterator[Counted]:
+        with right(path) as stream:
+            yield Counted(stream, sizes)
+
+    tensors = large_tensors(rows)
+    with mock.patch.object(checkpoint, "open_shard", counted):
         checkpoint.load_newest(folder, tensors)
-    return {"growth": growth * 1024, "read": sum(sizes), "local": local.nbytes}
+    return sum(sizes), sum(tensor.to_local().nbytes for tensor in tensors.values())

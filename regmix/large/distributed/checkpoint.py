@@ -113,7 +113,7 @@ def save(
             raise ValueError(f"rank {rank} saves another step or other tensors than rank 0")
     boxes = [_boxes(rank["boxes"]) for rank in ranks]
     widths = {name: tensor.element_size() for name, tensor in tensors.items()}
-    pieces = {name: parts[name] for name in sorted(assign(boxes, widths)[exchange.rank])}
+    pieces = {name: parts[name] for name in assign(boxes, widths)[exchange.rank]}
     if not wait:
         pieces = {name: (box, part.to("cpu", copy=True)) for name, (box, part) in pieces.items()}
     outlines = {n: Outline(dtype, tuple(s)) for n, (dtype, s) in ranks[0]["tensors"].items()}
@@ -166,6 +166,7 @@ class _Writing:
         # A checkpoint of this step that lies there already stays whole until here: equal shards
         # replaced equal ones, or have the names of another number of ranks.
         write_text(self.target / INDEX, render(index))
+        sync_directory(self.target.parent)
         _damaged.discard(self.target)
         keep = {INDEX, *index.shard_names()}
         with contextlib.suppress(OSError):
