@@ -39,15 +39,16 @@ def commands() -> list[str]:
 
 def commands_for_gpus_name_what_is_there(cli: click.Group) -> None:
     lines = [line for block in blocks("gpu") for line in block.splitlines()]
-    assert [line.split()[1] for line in lines] == ["doctor", "proxies"]
+    assert [line.split()[1] for line in lines] == ["doctor", "proxies", "train"]
     found = torch.cuda.device_count()
     if found >= 8:
         return
-    doctor, proxies = (shlex.split(line)[1:] for line in lines)
+    doctor, *training = (shlex.split(line)[1:] for line in lines)
     assert CliRunner().invoke(cli, doctor).exit_code == 1
-    refused = CliRunner().invoke(cli, proxies)
-    assert isinstance(refused.exception, RegmixError)
-    assert f"this machine has {found} GPU" in str(refused.exception)
+    for words in training:
+        refused = CliRunner().invoke(cli, words)
+        assert isinstance(refused.exception, RegmixError)
+        assert f"this machine has {found} GPU" in str(refused.exception)
 
 
 def test_every_command_of_the_readme_runs(
