@@ -18,6 +18,7 @@ from checkpoint_ranks import Ranks
 from regmix.errors import ModelError, StorageError
 from regmix.large.distributed import checkpoint, checkpoint_index
 from regmix.large.distributed.checkpoint_index import INDEX
+from regmix.large.distributed.checkpoint_shard import write_shard
 from regmix.large.distributed.pieces import Box, assign
 
 NEWEST = "step-00000020"
@@ -109,6 +110,7 @@ def test_equal_state_gives_equal_bytes(ranks: Ranks, saved_by_two: Path, tmp_pat
     assert content(tmp_path / "again") == content(saved_by_two)
     tensors = acts.whole_tensors(1)
     backwards = dict(reversed(tensors.items()))
+    assert write_shard(tmp_path / "x", tensors) == write_shard(tmp_path / "y", backwards)
     checkpoint.save(tmp_path / "a", 1, tensors, {"x": 1, "y": [2.5, None]}, wait=True)
     checkpoint.save(tmp_path / "b", 1, backwards, {"y": [2.5, None], "x": 1}, wait=False).wait()
     assert content(tmp_path / "a") == content(tmp_path / "b")
