@@ -27,7 +27,7 @@ from regmix.large.distributed.launch import LargeRequest, large_jobs, prepare, r
 from regmix.large.distributed.loop import LargeTrainer
 from regmix.large.distributed.parallel import Place
 from regmix.large.distributed.plan import Device, plan_run
-from regmix.large.distributed.rank import StopSign, describe_ranks
+from regmix.large.distributed.rank import StopSign, describe_ranks, failure_of
 from regmix.large.evaluate import evaluate_model
 from regmix.large.train import TrainRequest, resolve_recipes, run_training
 from regmix.study import Study
@@ -218,6 +218,13 @@ def test_ranks_started_by_slurm_know_their_place() -> None:
         assert left == given
 
 
+def test_memory_that_ran_out_is_told_and_not_tried_again() -> None:
+    told = failure_of(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert told is not None
+    assert "--micro-batch" in told.cure
+    assert failure_of(RuntimeError("NCCL error: a link is down")) is None
+
+
 def test_a_signal_or_a_file_tells_a_rank_to_stop(tmp_path: Path) -> None:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -248,6 +255,7 @@ def test_a_dry_run_says_what_it_takes_and_starts_nothing(study: Study) -> None:
     assert shown.exit_code == 0, shown.output
     assert "A step has 98 sequences of 1024: 100,352 tokens" in shown.stderr
     table = json.loads(shown.stdout)
+    assert "Learning rate 0.0004, for a model of this size" in shown.stderr
     assert table["num_ranks"] == 2
     assert table["tokens_per_second"] > 0
     assert table["assumed_mfu"] == 0.4

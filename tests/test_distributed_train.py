@@ -217,6 +217,15 @@ def test_a_schedule_of_mixtures_is_followed_as_the_engine_follows_it(
     assert np.abs(np.array(losses_in(job.folder)) - curve).max() < ROUNDING
 
 
+def test_what_differs_is_named(tiny_shards: ShardSet, tmp_path: Path) -> None:
+    job = job_of(tiny_shards, tmp_path / "run")
+    stopped(LargeTrainer(job, tiny_shards, ALONE), 5)
+    optim = dataclasses.replace(job.training.optim, lr=1e-3)
+    slower = dataclasses.replace(job, training=dataclasses.replace(job.training, optim=optim))
+    with pytest.raises(ModelError, match=r"differs in training\.optim\.lr\."):
+        LargeTrainer(slower, tiny_shards, ALONE)
+
+
 def test_another_mixture_is_taken_up_only_with_consent_and_from_the_resumed_step_on(
     tiny_shards: ShardSet, tmp_path: Path
 ) -> None:
@@ -321,6 +330,26 @@ def test_a_spike_that_comes_down_is_forgiven_and_one_that_stays_is_not() -> None
         assert watch.judge(7.0, 1.0) == "spike"
     assert watch.should_stop
     assert "above" in watch.reason()
+
+
+def test_a_loss_that_another_mixture_has_is_no_spike(
+    tiny_shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("regmix.large.distributed.watch.SPIKE_NATS", 0.01)
+    monkeypatch.setattr("regmix.large.distributed.watch.MOST_SPIKES", 5)
+    alone = {"animals": 1.0, "numbers": 0.0, "colours": 0.0}
+    then = {"animals": 0.0, "numbers": 0.0, "colours": 1.0}
+    segments = (
+        MemberSegment(first_step=0, weights=alone),
+        MemberSegment(first_step=150, weights=then),
+    )
+    job = job_of(tiny_shards, tmp_path / "run", training=training_of(180))
+    job = dataclasses.replace(job, member=dataclasses.replace(job.member, segments=segments))
+    trainer = LargeTrainer(job, tiny_shards, ALONE)
+    trainer.run()
+    losses = losses_in(job.folder)
+    assert min(losses[150:155]) > max(losses[140:150]) + 1.0
+    assert trainer.step == 180
 
 
 def test_the_steep_start_of_a_run_is_no_spike() -> None:

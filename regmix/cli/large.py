@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 CHECKPOINT_SECONDS = 600.0
+# Parameters from which on the small models' default learning rate is too large.
+_LARGE = 50_000_000
 _ONLY_DISTRIBUTED = {
     "nodes": "--nodes",
     "parallel": "--parallel",
@@ -42,7 +44,13 @@ _ONLY_DISTRIBUTED = {
 
 def large_options(command: Command) -> Command:
     """Add the options of a model that several processes share."""
-    options = [
+    for option in reversed([*_sharing_options(), *_run_options()]):
+        command = option(command)
+    return command
+
+
+def _sharing_options() -> list[Callable[[Command], Command]]:
+    return [
         click.option(
             "--global-batch-tokens",
             help="Tokens of a step, in place of --batch-size: 512k, 2M.",
@@ -88,6 +96,11 @@ def large_options(command: Command) -> Command:
             default=None,
             help="torch.compile of each layer; default: on GPUs.",
         ),
+    ]
+
+
+def _run_options() -> list[Callable[[Command], Command]]:
+    return [
         click.option(
             "--document-mask", is_flag=True, help="Attend within documents, not across them."
         ),
@@ -112,9 +125,6 @@ def large_options(command: Command) -> Command:
         ),
         click.option("--from", "start", help="A Hugging Face Llama checkpoint to start from."),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
 
 
 def is_distributed(gpus: int | None, processes: int | None) -> bool:
@@ -157,6 +167,24 @@ def batch_size_of(tokens: str | None, batch_size: int, seq_len: int) -> int:
             f"A step has {found} sequences of {seq_len}: {found * seq_len:,} tokens", err=True
         )
     return found
+
+
+def learning_rate_of(learning_rate: float, num_parameters: int) -> float:
+    """Return the peak learning rate; a large model's own where none is given.
+
+    The command's default is for models of a few million parameters.
+    """
+    from regmix.model.optim import OptimConfig
+
+    context = click.get_current_context()
+    given = context.get_parameter_source("learning_rate") == ParameterSource.COMMANDLINE
+    if given or num_parameters < _LARGE:
+        return learning_rate
+    own = OptimConfig().lr
+    click.echo(
+        f"Learning rate {own:g}, for a model of this size; choose with --learning-rate", err=True
+    )
+    return own
 
 
 def start_shape(start: str, study: Study, seq_len: int | None) -> Any:

@@ -11,6 +11,7 @@ from regmix.cli.large import (
     batch_size_of,
     is_distributed,
     large_options,
+    learning_rate_of,
     plan_for,
     show_plan,
     start_shape,
@@ -69,7 +70,7 @@ def command(
     """Train the large model of STUDY on a mixture; run it again to resume.
 
     Without --gpus and --processes, models are trained side by side on the CPU's cores; with them,
-    one after the other, each by all GPUs or processes.
+    one after the other, each by all GPUs or processes, with a checkpoint every ten minutes.
 
     \b
     Example:  regmix-fast train study --model cpu-128 --mixture optimum --mixture natural --seeds 3
@@ -87,7 +88,10 @@ def command(
     shards = opened.open_shards()
     shape = None if start is None else start_shape(start, opened, seq_len)
     vocab_size = opened.config.proxy.shape.vocab_size
-    seq_len = shape_from(model, vocab_size, seq_len).seq_len if shape is None else shape.seq_len
+    asked = shape or shape_from(model, vocab_size, seq_len)
+    seq_len = asked.seq_len
+    if together:
+        learning_rate = learning_rate_of(learning_rate, asked.num_parameters)
     training = training_from(
         model=model,
         vocab_size=vocab_size,

@@ -95,7 +95,7 @@ def refuse_changes(job: TrainJob, saved: dict[str, Any]) -> None:
     differing = [name for name in ("dtype", "within_documents") if saved.get(name) != now[name]]
     never = [name for name in _NEVER if saved.get(name) != now[name]]
     for part, fixed in (("training", _NEVER_OF_TRAINING), ("member", _NEVER_OF_MEMBER)):
-        ours, theirs = now[part], saved.get(part) or {}
+        ours, theirs = _flat(now[part]), _flat(saved.get(part) or {})
         for name in sorted(set(ours) | set(theirs)):
             if ours.get(name) != theirs.get(name):
                 (never if name in fixed else differing).append(f"{part}.{name}")
@@ -110,6 +110,13 @@ def refuse_changes(job: TrainJob, saved: dict[str, Any]) -> None:
             cure="Train with its own settings, consent to the change with --allow-changes, or "
             "remove that folder to begin anew",
         )
+
+
+def _flat(table: dict[str, Any]) -> dict[str, Any]:
+    """Return a table with the optimizer's settings as entries of their own."""
+    optim = table.get("optim") or {}
+    own = {name: value for name, value in table.items() if name != "optim"}
+    return own | {f"optim.{name}": value for name, value in optim.items()}
 
 
 def switched(old: Member, new: Member, step: int) -> Member:

@@ -14,7 +14,6 @@ Leaves: losses and whole parameters for who writes the model. Writes checkpoints
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -49,7 +48,6 @@ from regmix.swarm.engine import Member, StoppedError
 BATCHES_AHEAD = 4
 EVAL_SEQUENCES = 16
 EPOCHS_EVERY = 50
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +199,8 @@ class LargeTrainer:
         agreed = torch.cat([nats[None], wishes.to(self.place.device)])
         total, num_stops, num_due = self.place.sum_over_ranks(agreed).tolist()
         loss, norm = total / self.tokens_per_step, self.optimizer.gradient_norm()
+        if any(step == segment.first_step for segment in self.member.segments or ()):
+            self.watch.forget()
         line = {"loss_nats": loss, "gradient_norm": norm}
         if self.watch.judge(loss, norm) == "skip":
             line["skipped"] = True

@@ -16,6 +16,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,8 @@ from regmix.large.distributed.module import LargeLlama
 from regmix.large.distributed.splitting import refuse_uneven
 from regmix.model.parameters import initial_values
 
+# The others wait while the first rank writes a whole model: 28 GB at 7B.
+_PATIENCE = timedelta(minutes=30)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -73,7 +76,8 @@ def join(device: str) -> Place:
         torch.cuda.set_device(place)
     if num_ranks > 1 and not dist.is_initialized():
         # Checkpoints agree over gloo, whose collectives do not queue behind those of training.
-        dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
+        backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, timeout=_PATIENCE)
     return Place(rank, num_ranks, place)
 
 

@@ -123,6 +123,24 @@ def _study_held(job: TrainJob, *, alone: bool) -> Iterator[None]:
         yield
 
 
+def failure_of(error: BaseException) -> RegmixError | None:
+    """Return what a person can do about an error; None where it is worth another try, or a defect.
+
+    A GPU whose memory ran out would run out of it again.
+    """
+    import torch
+
+    if isinstance(error, RegmixError):
+        return error
+    if isinstance(error, torch.OutOfMemoryError):
+        return StudyError(
+            f"a process ran out of its GPU's memory ({str(error).splitlines()[0]})",
+            cure="Run it again with a smaller --micro-batch, --activation-checkpointing or "
+            "--parallel fsdp: it goes on from its last checkpoint",
+        )
+    return None
+
+
 def outcome(folder: Path) -> Mapping[str, Any] | None:
     """Return what the ranks of a run left where it did not come to its end; None for nothing."""
     path = folder / OUTCOME_FILE
@@ -145,15 +163,15 @@ def main() -> None:
         folder = Path(job.folder)
         train(job, StopSign(folder))
     except StoppedError:
+        print("Stopped. Start the same command again to go on.", file=sys.stderr)
         write_json(folder / OUTCOME_FILE, {"stopped": True})
-    except RegmixError as error:
-        traceback.print_exc()
-        print(f"Error: {error}", file=sys.stderr)
-        write_json(folder / OUTCOME_FILE, {"failed": {"what": error.what, "cure": error.cure}})
-        code = 1
-    except BaseException:
+    except BaseException as error:
         traceback.print_exc()
         code = 1
+        told = failure_of(error)
+        if told is not None:
+            print(f"Error: {told}", file=sys.stderr)
+            write_json(folder / OUTCOME_FILE, {"failed": {"what": told.what, "cure": told.cure}})
     sys.stdout.flush()
     sys.stderr.flush()
     # Not by the interpreter's way: to leave the group, it would wait for a rank that has failed.

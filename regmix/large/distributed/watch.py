@@ -49,6 +49,11 @@ class LossWatch:
         """Whether too many steps in a row were not as usual."""
         return self.num_not_finite >= MOST_NOT_FINITE or self.num_spikes >= MOST_SPIKES
 
+    def forget(self) -> None:
+        """Take no loss for usual: from this step on another mixture is read."""
+        self._recent.clear()
+        self.num_spikes = 0
+
     def judge(self, loss: float, norm: float) -> Verdict:
         """Return what to do with a step: update, skip the update, or update and beware."""
         if not (math.isfinite(loss) and math.isfinite(norm)):
