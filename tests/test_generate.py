@@ -87,6 +87,21 @@ def test_the_loss_counts_what_the_mask_keeps() -> None:
     assert float(found) == pytest.approx(float(expected), rel=1e-6)
 
 
+@pytest.mark.parametrize("name", SHAPES)
+def test_in_bfloat16_as_on_a_gpu_the_loss_is_nearly_the_same(name: str) -> None:
+    shape, parameters = SHAPES[name], random_parameters(SHAPES[name])
+    tokens = torch.randint(
+        0, shape.vocab_size, (4, shape.seq_len + 1), generator=torch.Generator().manual_seed(4)
+    )
+    mask = torch.ones(4, shape.seq_len, dtype=torch.bool)
+    exact, rounded = (
+        float(LlamaForward(shape, parameters, dtype=dtype).evaluate(tokens, mask)) / mask.numel()
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert rounded == pytest.approx(exact, rel=5e-3)
+    assert rounded != exact
+
+
 def test_one_seed_gives_one_text_and_another_seed_another(writer: Writer) -> None:
     texts = [ids_of(writer, PROMPT, 20, Choice(temperature=1.0, seed=seed)) for seed in (7, 7, 8)]
     assert texts[0] == texts[1] != texts[2]

@@ -115,18 +115,30 @@ def _measure(
     study: Study, chosen: Sequence[str], checkpoints: Sequence[Path], seq_len: int | None, gpu: bool
 ) -> dict[str, dict[str, Any]]:
     """Return a table by model; those of the study's own models are stored with them."""
+    from regmix.display import Progress
     from regmix.files import write_json
     from regmix.large.evaluate import evaluate_hugging_face, evaluate_model
 
-    # First what may be refused: a model of the study was made for its corpus.
-    others = {
-        str(folder): evaluate_hugging_face(study, folder, seq_len=seq_len, gpu=gpu)
-        for folder in checkpoints
-    }
-    tables = {}
-    for name in chosen:
-        tables[name] = evaluate_model(study, study.models_path / name, gpu=gpu)
-        write_json(study.models_path / name / "evaluation.json", tables[name])
+    shards = study.open_shards()
+    tokens = sum(shards.stats("valid", target).tokens - 1 for target in study.config.targets)
+    done, others, tables = 0, {}, {}
+    total = tokens * (len(chosen) + len(checkpoints))
+    with Progress("evaluate", total=total, unit="tokens") as progress:
+
+        def report(more: int) -> None:
+            nonlocal done
+            done += more
+            progress.update(done)
+
+        # First what may be refused: a model of the study was made for its corpus.
+        for folder in checkpoints:
+            others[str(folder)] = evaluate_hugging_face(
+                study, folder, seq_len=seq_len, gpu=gpu, report=report
+            )
+        for name in chosen:
+            place = study.models_path / name
+            tables[name] = evaluate_model(study, place, gpu=gpu, report=report)
+            write_json(place / "evaluation.json", tables[name])
     return tables | others
 
 

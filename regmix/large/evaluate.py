@@ -7,6 +7,7 @@ Leaves: a table by target over whole validation sets. Chooses no model and ranks
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from regmix.data.shards import ShardSet
+    from regmix.large.inference import LlamaForward
     from regmix.study import Study
 
+Report = Callable[[int], None]
 LONGEST_WINDOW = 2048
 _TOKENS_AT_ONCE = 8192
 
@@ -54,19 +57,28 @@ def load_model(folder: Path) -> tuple[ModelShape, dict[str, Tensor], dict[str, A
     return shape, parameters, config
 
 
-def evaluate_model(study: Study, folder: Path, *, gpu: bool = False) -> dict[str, Any]:
+def evaluate_model(
+    study: Study, folder: Path, *, gpu: bool = False, report: Report = lambda _: None
+) -> dict[str, Any]:
     """Evaluate a model of the study on all of its targets; returns `evaluation_table`'s table.
 
-    gpu: compute on the first GPU in bfloat16, else on the CPU in float32.
+    gpu: compute on the first GPU in bfloat16, else on the CPU in float32. report: is told of
+    every batch how many tokens it predicted.
     """
     shape, parameters, config = load_model(folder)
     shards = study.open_shards()
     check_own_tokens(folder, config, shards)
-    return _measure(study, shards, shape, parameters, seq_len=shape.seq_len, gpu=gpu)
+    forward = _forward(shape, parameters, shards, gpu=gpu)
+    return _measure(study, shards, forward, shape.seq_len, report)
 
 
 def evaluate_hugging_face(
-    study: Study, folder: Path, *, seq_len: int | None = None, gpu: bool = False
+    study: Study,
+    folder: Path,
+    *,
+    seq_len: int | None = None,
+    gpu: bool = False,
+    report: Report = lambda _: None,
 ) -> dict[str, Any]:
     """Evaluate a Hugging Face Llama checkpoint on the study's targets, as `evaluate_model`.
 
@@ -84,7 +96,7 @@ def evaluate_hugging_face(
         )
     shape, parameters = load_hugging_face(folder)
     length = min(shape.seq_len, LONGEST_WINDOW) if seq_len is None else seq_len
-    return _measure(study, shards, shape, parameters, seq_len=length, gpu=gpu)
+    return _measure(study, shards, _forward(shape, parameters, shards, gpu=gpu), length, report)
 
 
 def pick_device(gpu: bool) -> tuple[str, torch.dtype]:
@@ -98,17 +110,10 @@ def pick_device(gpu: bool) -> tuple[str, torch.dtype]:
     return "cuda", torch.bfloat16
 
 
-def _measure(
-    study: Study,
-    shards: ShardSet,
-    shape: ModelShape,
-    parameters: dict[str, Tensor],
-    *,
-    seq_len: int,
-    gpu: bool,
-) -> dict[str, Any]:
+def _forward(
+    shape: ModelShape, parameters: dict[str, Tensor], shards: ShardSet, *, gpu: bool
+) -> LlamaForward:
     from regmix.large.inference import LlamaForward
-    from regmix.swarm.engine import mean_losses
 
     if shape.vocab_size < shards.vocab_size:
         raise ModelError(
@@ -116,15 +121,27 @@ def _measure(
             cure="Evaluate a model of the corpus's tokenizer",
         )
     device, dtype = pick_device(gpu)
-    model = LlamaForward(shape, parameters, device=device, dtype=dtype)
+    return LlamaForward(shape, parameters, device=device, dtype=dtype)
+
+
+def _measure(
+    study: Study, shards: ShardSet, forward: LlamaForward, seq_len: int, report: Report
+) -> dict[str, Any]:
+    from regmix.swarm.engine import mean_losses
+
+    def told(tokens_BT1: Tensor, mask_BT: Tensor) -> Tensor:
+        nats = forward.evaluate(tokens_BT1, mask_BT)
+        report(int(mask_BT.sum()))
+        return nats
+
     at_once = max(1, _TOKENS_AT_ONCE // seq_len)
     losses = {}
     for target in study.config.targets:
         windows = read_windows(shards, target, seq_len=seq_len)
-        losses[target] = float(mean_losses(model.evaluate, windows, at_once)[0])
+        losses[target] = float(mean_losses(told, windows, at_once)[0])
     table = evaluation_table(study, shards, losses)
     # For a reader of the table: a loss depends on both, slightly on the second.
-    table |= {"seq_len": seq_len, "computed_in": str(dtype).removeprefix("torch.")}
+    table |= {"seq_len": seq_len, "computed_in": str(forward.dtype).removeprefix("torch.")}
     return table
 
 

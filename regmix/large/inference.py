@@ -44,7 +44,7 @@ class LlamaForward:
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.shape = shape
+        self.shape, self.dtype = shape, dtype
         # Of a stack of one, the one; a matrix of the right device and type is not copied.
         self._weights = {
             name: value[0].to(device=device, dtype=dtype) for name, value in parameters.items()
