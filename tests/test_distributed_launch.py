@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from regmix.large.distributed import launch
 from regmix.large.distributed.job import TrainJob
 from regmix.large.distributed.launch import LargeRequest, large_jobs, prepare, run_large
 from regmix.large.distributed.loop import LargeTrainer
+from regmix.large.distributed.metrics import TRACKERS, MetricsLog, refuse_missing_trackers
 from regmix.large.distributed.parallel import Place
 from regmix.large.distributed.plan import Device, plan_run
 from regmix.large.distributed.rank import StopSign, describe_ranks, failure_of
@@ -216,6 +218,48 @@ def test_ranks_started_by_slurm_know_their_place() -> None:
         left = dict(given)
         describe_ranks(left)
         assert left == given
+
+
+class FakeTracker(types.ModuleType):
+    """Stands for wandb and for TensorBoard's writer: keeps what it is told."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.logged: list[tuple[object, ...]] = []
+
+    def init(self, **_: object) -> FakeTracker:
+        return self
+
+    def SummaryWriter(self, _folder: str) -> FakeTracker:
+        return self
+
+    def log(self, numbers: dict[str, object], *, step: int) -> None:
+        self.logged.append((step, numbers["loss_nats"]))
+
+    def add_scalar(self, key: str, value: float, step: int) -> None:
+        self.logged.append((step, key, value))
+
+    def finish(self) -> None:
+        self.logged.append(("closed",))
+
+    close = finish
+
+
+def test_trackers_get_the_numbers_of_every_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fakes = {kind: FakeTracker(module) for kind, module in TRACKERS.items()}
+    for kind, module in TRACKERS.items():
+        monkeypatch.setitem(sys.modules, module, fakes[kind])
+    refuse_missing_trackers([*TRACKERS])
+    log = MetricsLog(tmp_path / "stacks" / "run", 0, name="m", trackers=[*TRACKERS])
+    log.add({"step": 1, "loss_nats": 2.5, "epochs": {"web": 0.5}})
+    log.close()
+    assert fakes["wandb"].logged == [(1, 2.5), ("closed",)]
+    assert fakes["tensorboard"].logged == [(1, "loss_nats", 2.5), ("closed",)]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ModelError, match="pip install wandb"):
+        refuse_missing_trackers(["wandb"])
 
 
 def test_memory_that_ran_out_is_told_and_not_tried_again() -> None:

@@ -36,6 +36,8 @@ RANK_MODULE = "regmix.large.distributed.rank"
 JOB_FILE = "job.json"
 # Whole models are written to disk meanwhile.
 STOP_PATIENCE_SECONDS = 600.0
+# How long torchrun waits for ranks that it has told to end; 30 s where it is not set.
+_SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 _LOOK_SECONDS = 0.2
 
 # A job and the numbers of one of its steps.
@@ -113,7 +115,8 @@ def prepare(study: Study, request: LargeRequest) -> list[str]:
         for job in jobs:
             path = _write_job(job)
             commands.append(
-                f"torchrun --nnodes {request.num_nodes} --nproc-per-node {share} "
+                f"{_SHUTDOWN}={STOP_PATIENCE_SECONDS:.0f} torchrun "
+                f"--nnodes {request.num_nodes} --nproc-per-node {share} "
                 "--rdzv-backend c10d --rdzv-endpoint FIRST_MACHINE:29500 "
                 f"-m {RANK_MODULE} {shlex.quote(str(path))}"
             )
@@ -196,7 +199,7 @@ def _run(
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env={**worker_environment(job.threads, None), LAUNCHED: "1"},
+            env=_environment(job.threads),
             start_new_session=True,
             pass_fds=(descriptor,),
         )
@@ -224,6 +227,11 @@ def _run(
         if process.poll() is None:
             process.kill()
             process.wait()
+
+
+def _environment(threads: int) -> dict[str, str]:
+    patience = f"{STOP_PATIENCE_SECONDS:.0f}"
+    return {**worker_environment(threads, None), LAUNCHED: "1", _SHUTDOWN: patience}
 
 
 class _Follower:
