@@ -68,7 +68,7 @@ class LargeRequest:
 
 def large_jobs(study: Study, request: LargeRequest) -> tuple[list[str], list[TrainJob]]:
     """Return the names of all models that are asked for, and the jobs of those not yet trained."""
-    training, sharing = request.plan.training, request.plan.sharing
+    training, sharing, device = request.plan.training, request.plan.sharing, request.plan.device
     names, jobs = [], []
     for mixture, recipe in request.mixtures.items():
         for replicate in range(request.replicates):
@@ -88,7 +88,7 @@ def large_jobs(study: Study, request: LargeRequest) -> tuple[list[str], list[Tra
                     shards_checksum=study.config.shards_checksum,
                     folder=str(study.stacks_path / f"large-{name}"),
                     parallel=sharing.parallel,
-                    device=request.plan.device.kind,
+                    device=device.kind,
                     dtype=sharing.dtype,
                     micro_batch=sharing.micro_batch,
                     recompute=sharing.recompute,
@@ -99,7 +99,8 @@ def large_jobs(study: Study, request: LargeRequest) -> tuple[list[str], list[Tra
                     keep_checkpoints=request.keep_checkpoints,
                     checkpoint_seconds=request.checkpoint_seconds,
                     allow_changes=request.allow_changes,
-                    peak_flops=request.plan.device.flops,
+                    # A CPU has no peak to speak of: what was measured a moment ago is none.
+                    peak_flops=device.flops if device.kind == "cuda" else None,
                     trackers=request.trackers,
                 )
             )
