@@ -189,6 +189,23 @@ def test_a_stop_on_one_rank_changes_no_bit(tiny_shards: ShardSet, tmp_path: Path
     assert losses_in(parts.folder) == losses_in(whole.folder)
 
 
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
+    tiny_shards: ShardSet, tmp_path: Path
+) -> None:
+    whole, parts = (job_of(tiny_shards, tmp_path / name) for name in ("whole", "parts"))
+    LargeTrainer(whole, tiny_shards, ALONE).run()
+    for at in (10, 20):
+        stopped(LargeTrainer(parts, tiny_shards, ALONE), at)
+    (shard,) = (tmp_path / "parts" / "step-00000020").glob("*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1
+    shard.write_bytes(content)
+    trainer = LargeTrainer(parts, tiny_shards, ALONE)
+    assert trainer.step == 10
+    trainer.run()
+    assert losses_in(parts.folder) == losses_in(whole.folder)
+
+
 def test_what_was_recorded_after_the_checkpoint_is_recorded_once(
     tiny_shards: ShardSet, tmp_path: Path
 ) -> None:

@@ -153,11 +153,13 @@ def memory_of(shape: ModelShape, sharing: Sharing, device_kind: str) -> dict[str
     tokens = sharing.micro_batch * shape.seq_len
     of_layer = kept_bytes_per_token(shape, element)
     if sharing.recompute:
-        activations = tokens * (element * shape.width * shape.num_layers + of_layer)
+        # Twice the layer that is run again: so a process of the 60m preset's shape (8,192 tokens at
+        # a time, vocabulary 8192, float32, on a CPU) took 4.2 GB at its peak, where once says 3.7.
+        activations = tokens * (element * shape.width * shape.num_layers + 2 * of_layer)
     else:
         activations = tokens * of_layer * shape.num_layers
-    # Gradients of one layer pass through the backward beside what is kept.
-    activations += tokens * element * (4 * shape.width + 3 * shape.hidden)
+    # One layer's gradients, and what its norms cast, pass by beside what is kept.
+    activations += tokens * (element * (6 * shape.width + 5 * shape.hidden) + 16 * shape.width)
     logits = min(_LOGITS, tokens * shape.vocab_size) * (4 + 2 * element)
     return {
         "parameters": 4 * share,
@@ -165,7 +167,7 @@ def memory_of(shape: ModelShape, sharing: Sharing, device_kind: str) -> dict[str
         "moments": 8 * share,
         "copies": copies,
         "activations": activations,
-        "logits": logits + 4 * table + 2 * element * tokens * shape.width,
+        "logits": logits + 8 * table + 2 * element * tokens * shape.width,
         "libraries": WORKER_BASE_BYTES if device_kind == "cpu" else RESERVE_BYTES,
     }
 
