@@ -88,8 +88,8 @@ GPU = gpu.Facts(
 NO_GPU = replace(GPU, cards=NO_CARDS, cuda=None, driver_cuda=None, devices=(), wanted=None)
 FOLDER = FolderFacts(
     role="study",
-    asked="/work/study",
-    path="/work/study",
+    asked="/data/study",
+    path="/data/study",
     mount=LOCAL,
     free_bytes=500 * 10**9,
     total_bytes=10**12,
@@ -427,7 +427,7 @@ ILL: tuple[tuple[Any, str, str, str, str], ...] = (
         in_folder(speed=Speed(num_bytes=10**7, seconds=1.0, cached=False, source="a.bin")),
         *("speed", "note", "10.0 MB/s", "local SSD"),
     ),
-    (in_folder(asked="/work/study/new"), "presence", "note", "does not exist", "Check the name"),
+    (in_folder(asked="/data/study/new"), "presence", "note", "does not exist", "Check the name"),
     (
         in_folder(asked="/gone", role="shards", trial=None),
         *("presence", "problem", "not in /gone", "study.toml"),
