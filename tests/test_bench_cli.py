@@ -21,12 +21,13 @@ from regmix_bench import (
     timing,
 )
 from regmix_bench.harness import Record
-from regmix_bench.peaks import Sweep, mfu, peak_of
+from regmix_bench.peaks import Sweep, mfu
 from regmix_bench.stack import Case
 from regmix_bench.suites import decision, kernels, proxies, registry, train
 
 from regmix.cli.bench import command
 from regmix.errors import ConfigError, RegmixError, StorageError
+from regmix.model.peaks import peak_of
 from regmix.model.presets import PRESETS
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from regmix.model.peaks import Peak, peak_of
 from regmix_bench.harness import Record
-from regmix_bench.peaks import Peak, peak_of
 from regmix_bench.timing import best_seconds
 
 GEMM_SIZE = {"cuda": 8192, "cpu": 1024}

@@ -214,9 +214,8 @@ def start_shape(start: str, study: Study, seq_len: int | None) -> Any:
 
 def device_of(gpus: int | None, processes: int | None) -> Device:
     """Return what each process has; `StudyError` where there are fewer GPUs than asked for."""
-    from regmix_bench.peaks import peak_of
-
     from regmix.large.distributed.plan import Device, measured_flops
+    from regmix.model.peaks import peak_of
     from regmix.provenance import available_cores
     from regmix.swarm.cost import available_memory_bytes
     from regmix.swarm.gpus import find_gpus

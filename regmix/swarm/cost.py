@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from regmix.display import count, duration, size
 from regmix.errors import StorageError, StudyError
 from regmix.files import free_bytes
+from regmix.model.peaks import peak_of
 from regmix.swarm.engine import StackJob, StackTrainer
 from regmix.swarm.gpus import Gpu, ProbeError
 from regmix.swarm.gpus import measure_tokens_per_second as measure_on_gpu
@@ -33,9 +34,8 @@ GPU_WORKER_BASE_BYTES = 3_000_000_000
 PROBE_MEMBERS = 4
 PROBE_SECONDS = 1.0
 
-# For predictions: dense bfloat16 FLOP/s by the GPU's name, the part of it that is assumed to be
-# reached, and the least time of a step, in which a GPU starts its kernels. None is measured.
-_PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
+# For predictions: the part of a GPU's peak that is assumed to be reached, and the least time of a
+# step, in which a GPU starts its kernels. Neither is measured.
 _ASSUMED_PART = 0.3
 _LEAST_STEP_SECONDS = 1e-3
 
@@ -136,13 +136,13 @@ def predicted_tokens_per_second(job: StackJob, gpu: Gpu) -> float | None:
 
     A part of its peak, but no step in less than a millisecond for each of its micro-steps.
     """
-    peak = next((flops for name, flops in _PEAK_FLOPS.items() if name in gpu.name), None)
+    peak = peak_of(gpu.name)
     if peak is None:
         return None
     training = job.training
     tokens = len(job.members) * training.batch_size * training.shape.seq_len
     num_micro_steps = training.batch_size // (job.micro_batch or training.batch_size)
-    seconds = tokens * training.shape.flops_per_token() / (_ASSUMED_PART * peak)
+    seconds = tokens * training.shape.flops_per_token() / (_ASSUMED_PART * peak.bf16_flops)
     return tokens / (seconds + num_micro_steps * _LEAST_STEP_SECONDS)
 
 
