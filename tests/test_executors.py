@@ -12,7 +12,8 @@ from fake_workers import MODULE, FakeWorkers, make_fake_workers
 
 from regmix.study import Training
 from regmix.swarm.engine import Member, StackJob
-from regmix.swarm.executors import Done, Event, Failed, LocalExecutor, Replaced, Retired
+from regmix.swarm.events import Done, Event, Failed, Replaced, Retired
+from regmix.swarm.executors import LocalExecutor
 from regmix.swarm.ledger import Ledger
 from regmix.swarm.processes import worker_environment
 from regmix.swarm.shrinking import replace_stack
@@ -133,13 +134,10 @@ def test_deaths_on_a_lost_gpu_do_not_count_against_the_job(
 ) -> None:
     workers.rule(dying=["0", "1"], slow={"2": 2.0})
     jobs = jobs_of(tiny_training, tmp_path, num=3)
-    events: list[Event] = []
-    trained = executor(tmp_path, ["2", "0", "1"])
-    trained.run(jobs, events.append)
+    events = run(tmp_path, ["2", "0", "1"], jobs)
     assert ended(events) == {job.name: "Done" for job in jobs}
     # Two of them died on both GPUs, and were begun a third time on the one that works.
     assert len(workers.given) == 7
-    assert trained._attempts == {job.name: 1 for job in jobs}
 
 
 def test_the_last_job_waits_for_a_gpu_that_works(

@@ -15,15 +15,10 @@ from regmix.data.shards import ShardSet
 from regmix.errors import ModelError, StudyError
 from regmix.study import Study, Training
 from regmix.swarm.drawing import SwarmRequest, add_mixtures, make_study
-from regmix.swarm.executors import (
-    Done,
-    Event,
-    LocalExecutor,
-    Progress,
-    stack_jobs,
-    worker_processes,
-)
+from regmix.swarm.events import Done, Event, Progress
+from regmix.swarm.executors import LocalExecutor, stack_jobs
 from regmix.swarm.ledger import Ledger
+from regmix.swarm.processes import worker_processes
 from regmix.swarm.sweep import SweepOptions, Tally, run_sweep
 
 
@@ -184,14 +179,14 @@ def test_a_mixture_changed_after_its_proxy_is_refused(study: Study) -> None:
 
 
 def test_a_stack_that_cannot_be_trained_is_reported(study: Study, tiny_training: Training) -> None:
-    from regmix.swarm.executors import Failed
+    from regmix.swarm.events import Failed
     from regmix.swarm.sweep import stack_job, study_member
 
     member = study_member(study, "1", {"no such domain": 1.0})
     job = stack_job(study, "bad", (member,), tiny_training, 1)
     events: list[Event] = []
     LocalExecutor(num_workers=1, threads=1, logs=study.logs_path).run([job], events.append)
-    (event,) = events
+    event = events[-1]
     assert isinstance(event, Failed)
     assert "no such domain" in event.what
 

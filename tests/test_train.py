@@ -25,7 +25,7 @@ from regmix.large.train import (
 )
 from regmix.study import Study, Training
 from regmix.swarm.drawing import SwarmRequest, make_study
-from regmix.swarm.executors import Event, Progress
+from regmix.swarm.events import Event, Progress
 from regmix.swarm.sweep import Tally
 
 

@@ -25,7 +25,7 @@ from regmix.errors import LossTableError, StudyError
 from regmix.study import Study, Training
 from regmix.swarm.drawing import SwarmRequest, make_study
 from regmix.swarm.engine import StoppedError
-from regmix.swarm.executors import Done
+from regmix.swarm.events import Done
 from regmix.swarm.ledger import Ledger
 from regmix.swarm.schedules import ScheduleRequest
 from regmix.swarm.sweep import (

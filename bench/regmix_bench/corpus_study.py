@@ -30,7 +30,7 @@ from regmix.files import read_json, write_json
 from regmix.study import Study, Training
 from regmix.swarm.cost import Cost
 from regmix.swarm.drawing import SwarmRequest, make_study
-from regmix.swarm.executors import Event
+from regmix.swarm.events import Event
 from regmix.swarm.sweep import SweepOptions, Tally, run_sweep
 from regmix_bench.harness import Record, append, table
 

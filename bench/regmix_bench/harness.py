@@ -11,25 +11,18 @@ import datetime
 import functools
 import json
 import os
-import platform
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from regmix.provenance import revision, versions
+from regmix.provenance import processor, revision, versions
 
 
 @functools.cache
 def machine() -> str:
     """Return this machine in words: processor, cores, GPU."""
-    processor = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        processor = names[0] if names else processor
-    words = f"{processor}, {os.cpu_count()} cores"
+    words = f"{processor()}, {os.cpu_count()} cores"
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         words += f", {torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from regmix.data.found import collect
 from regmix.files import checksum
-from regmix.swarm.executors import worker_processes
+from regmix.swarm.processes import worker_processes
 from regmix_bench.harness import Record, append, table
 
 KILLS = 10

@@ -32,7 +32,8 @@ from regmix.provenance import environment_record
 from regmix.study import Study, Training
 from regmix.swarm.cost import Cost, estimate
 from regmix.swarm.engine import CHECKPOINT_SECONDS, Member, StackJob
-from regmix.swarm.executors import Done, Event, Failed, LocalExecutor, stack_jobs
+from regmix.swarm.events import Done, Event, Failed
+from regmix.swarm.executors import LocalExecutor, stack_jobs
 from regmix.swarm.sweep import (
     LARGEST_STACK,
     Tally,

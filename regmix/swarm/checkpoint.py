@@ -11,6 +11,7 @@ import json
 import logging
 import re
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,20 +49,28 @@ class CheckpointWriter:
         self._error: BaseException | None = None
 
     def write(
-        self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], *, wait: bool
+        self,
+        step: int,
+        tensors: dict[str, Tensor],
+        state: dict[str, Any],
+        *,
+        wait: bool,
+        then: Callable[[int], None] = lambda _step: None,
     ) -> None:
         """Write a checkpoint; without `wait` the tensors must stay as they are until it is there.
 
-        Raises what the one before failed with.
+        then: called with the step once it is on disk. Raises what the one before failed with.
         """
         self.close()
         if wait:
             save_checkpoint(self._folder, step, tensors, state)
+            then(step)
             return
 
         def save() -> None:
             try:
                 save_checkpoint(self._folder, step, tensors, state)
+                then(step)
             except BaseException as error:
                 self._error = error
 

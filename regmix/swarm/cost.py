@@ -22,15 +22,11 @@ from regmix.model.peaks import peak_of
 from regmix.swarm.engine import StackJob, StackTrainer
 from regmix.swarm.gpus import Gpu, ProbeError
 from regmix.swarm.gpus import measure_tokens_per_second as measure_on_gpu
-from regmix.swarm.placement import gpu_memory_bytes
+from regmix.swarm.needs import disk_needed, job_gpu_bytes, job_tokens, memory_needed
 
 if TYPE_CHECKING:
     from regmix.data.shards import ShardSet
 
-# Python, torch and its allocator, before the first parameter (measured 330 MB on Linux x86_64).
-WORKER_BASE_BYTES = 400_000_000
-# The same with CUDA's libraries and pinned buffers. An estimate, not measured.
-GPU_WORKER_BASE_BYTES = 3_000_000_000
 PROBE_MEMBERS = 4
 PROBE_SECONDS = 1.0
 
@@ -97,7 +93,7 @@ def estimate(
         disk_bytes=disk_needed(on_cpu, num_workers)
         + disk_needed(on_gpu, len(gpus))
         + num_models * kept_bytes,
-        gpu_memory_bytes=max((job_gpu_memory_bytes(job) for job in on_gpu), default=0),
+        gpu_memory_bytes=max((job_gpu_bytes(job) for job in on_gpu), default=0),
     )
     # Before the probe: it is a small stack, but of the same shape and batch.
     refuse_if_too_large(cost, Path(jobs[0].folder))
@@ -110,7 +106,7 @@ def estimate(
 
 
 def _tokens(jobs: Sequence[StackJob]) -> int:
-    return sum(job.training.tokens * len(job.members) for job in jobs)
+    return sum(job_tokens(job) for job in jobs)
 
 
 def _gpu_seconds(
@@ -144,45 +140,6 @@ def predicted_tokens_per_second(job: StackJob, gpu: Gpu) -> float | None:
     num_micro_steps = training.batch_size // (job.micro_batch or training.batch_size)
     seconds = tokens * training.shape.flops_per_token() / (_ASSUMED_PART * peak.bf16_flops)
     return tokens / (seconds + num_micro_steps * _LEAST_STEP_SECONDS)
-
-
-def job_gpu_memory_bytes(job: StackJob) -> int:
-    """Return what a job takes of its GPU's memory."""
-    training = job.training
-    micro_batch = job.micro_batch or training.batch_size
-    return gpu_memory_bytes(training.shape, len(job.members), micro_batch)
-
-
-def memory_needed(jobs: Sequence[StackJob], num_workers: int) -> int:
-    """Return the bytes of this machine's memory that all workers need at once."""
-    needs = []
-    for job in jobs:
-        training, members = job.training, len(job.members)
-        shape = training.shape
-        # Parameters, two moments, gradients of a few members, and a checkpoint being written.
-        state = 7 * 4 * members * shape.num_parameters
-        steps = 4 * members * training.num_steps
-        if job.device != "cpu":
-            needs.append(GPU_WORKER_BASE_BYTES + state + steps)
-            continue
-        # Activations that stay for the backward: some 12 widths and 5 hiddens a layer, attention
-        # weights, for the members that are trained at a time; and the head's chunk of logits.
-        batch_tokens = training.batch_size * shape.seq_len
-        per_token = shape.num_layers * (12 * shape.width + 5 * shape.hidden)
-        per_token += shape.num_layers * shape.num_heads * shape.seq_len + 4 * shape.width
-        activations = 4 * batch_tokens * per_token
-        needs.append(WORKER_BASE_BYTES + state + activations + steps)
-    needs.sort(reverse=True)
-    return sum(needs[: max(1, num_workers)])
-
-
-def disk_needed(jobs: Sequence[StackJob], num_workers: int) -> int:
-    """Return the bytes of checkpoints on disk at once: two kept and one being written."""
-    needs = sorted(
-        (9 * 4 * len(job.members) * job.training.shape.num_parameters for job in jobs),
-        reverse=True,
-    )
-    return sum(needs[: max(1, num_workers)])
 
 
 def measure_tokens_per_second(job: StackJob, shards: ShardSet) -> float:

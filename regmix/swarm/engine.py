@@ -143,6 +143,25 @@ class StoppedError(Exception):
     """The stack was asked to stop; its checkpoint is written."""
 
 
+def _ignore(_: object) -> None:
+    return
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listener:
+    """What is called while a stack trains; by default nothing listens.
+
+    started: with the step that it begins or goes on at; report: now and then; saved: with a
+    checkpoint's step, once it is on disk, perhaps from another thread; pulse: after every step
+    and every part of an evaluation, so that one that hangs is told from one that works.
+    """
+
+    started: Callable[[int], None] = _ignore
+    report: Callable[[StepReport], None] = _ignore
+    saved: Callable[[int], None] = _ignore
+    pulse: Callable[[], None] = lambda: None
+
+
 class StackKeeper:
     """Keeps the stack that was trained last, so that the next of its kind need not be built.
 
@@ -215,6 +234,7 @@ class StackTrainer:
         self._windows: dict[str, Windows] = {}
         self._batches: Generator[np.ndarray, None, None] | None = None
         self._writer = CheckpointWriter(self.folder)
+        self._listener = Listener()
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -224,12 +244,14 @@ class StackTrainer:
     def run(
         self,
         *,
-        report: Callable[[StepReport], None] = lambda _: None,
+        listener: Listener | None = None,
         should_stop: Callable[[], bool] = lambda: False,
         checkpoint_seconds: float = CHECKPOINT_SECONDS,
     ) -> StackResult:
         """Train to the last step and evaluate; `StoppedError` once `should_stop` says so."""
+        listener = self._listener = listener or Listener()
         self._resume()
+        listener.started(self.step)
         training = self.job.training
         tokens_per_step = len(self.job.members) * training.batch_size * training.shape.seq_len
         started = saved = reported = time.monotonic()
@@ -241,7 +263,7 @@ class StackTrainer:
                 if now - reported >= REPORT_SECONDS:
                     done, loss = self.stack.latest_loss()
                     rate = (done - reported_step) * tokens_per_step / (now - reported)
-                    report(StepReport(done, loss, max(rate, 0.0)))
+                    listener.report(StepReport(done, loss, max(rate, 0.0)))
                     reported, reported_step = now, done
                 stop = should_stop()
                 if stop or now - saved >= checkpoint_seconds:
@@ -270,6 +292,7 @@ class StackTrainer:
             self._batches = self._make_batches()
         self.stack.train_step(next(self._batches), self.step)
         self.step += 1
+        self._listener.pulse()
         if self.job.training.evaluates_at(self.step):
             self.evaluations.append((self.step, self._evaluate()))
 
@@ -305,8 +328,13 @@ class StackTrainer:
                     seq_len=training.shape.seq_len,
                     max_tokens=training.eval_tokens,
                 )
-            losses[:, column] = mean_losses(self.stack.evaluate, windows, self._windows_at_once())
+            losses[:, column] = mean_losses(self._evaluate_part, windows, self._windows_at_once())
         return losses
+
+    def _evaluate_part(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        sums = self.stack.evaluate(tokens, mask)
+        self._listener.pulse()
+        return sums
 
     def _windows_at_once(self) -> int:
         job = self.job
@@ -324,7 +352,8 @@ class StackTrainer:
             "samplers": [sampler.state(self.step) for sampler in self.samplers],
         }
         # On a GPU the steps go on while the file is written; on a CPU they would share its cores.
-        self._writer.write(self.step, tensors, state, wait=self.job.device == "cpu")
+        wait, then = self.job.device == "cpu", self._listener.saved
+        self._writer.write(self.step, tensors, state, wait=wait, then=then)
 
     def _resume(self) -> None:
         found = load_newest(self.folder)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import queue
 import subprocess
 import sys
 import threading
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from regmix.files import storage_errors
+from regmix.swarm.places import Inbox
 
 WORKER_MODULE = "regmix.swarm.worker"
 # A process that hangs in a broken driver does not end, not even when it is killed.
@@ -55,14 +55,15 @@ def worker_environment(
 
 
 class WorkerProcess:
-    """One worker, and the thread that puts (worker, message) into the inbox; None at its end."""
+    """One worker, and the thread that puts (worker, message) into the inbox; None at its end.
 
-    def __init__(
-        self, number: int, gpu: str | None, inbox: queue.Queue, setup: WorkerSetup
-    ) -> None:
+    name: of its log, without the ending.
+    """
+
+    def __init__(self, name: str, gpu: str | None, inbox: Inbox, setup: WorkerSetup) -> None:
         with storage_errors(setup.logs):
             setup.logs.mkdir(parents=True, exist_ok=True)
-            self.log_path = setup.logs / f"worker-{number}.log"
+            self.log_path = setup.logs / f"{name}.log"
             log = open(self.log_path, "ab")  # noqa: SIM115 - the child keeps it
         try:
             self.process = subprocess.Popen(
@@ -78,7 +79,7 @@ class WorkerProcess:
             log.close()
         threading.Thread(target=self._read, args=(inbox,), daemon=True).start()
 
-    def _read(self, inbox: queue.Queue) -> None:
+    def _read(self, inbox: Inbox) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             try:

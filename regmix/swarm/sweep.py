@@ -32,7 +32,8 @@ from regmix.study import Study, Training
 from regmix.swarm.cost import Cost, estimate
 from regmix.swarm.devices import device_remarks, place_like, refuse_without_gpus
 from regmix.swarm.engine import CHECKPOINT_SECONDS, Member, MemberSegment, StackJob
-from regmix.swarm.executors import Done, Event, Failed, LocalExecutor, Replaced, Retired, stack_jobs
+from regmix.swarm.events import Done, Event, Failed, Replaced, Retired
+from regmix.swarm.executors import LocalExecutor, stack_jobs
 from regmix.swarm.gpus import Gpu
 from regmix.swarm.ledger import Ledger
 from regmix.swarm.shrinking import replace_stack

@@ -10,7 +10,8 @@ import time
 from collections.abc import Sequence
 
 from regmix.swarm.engine import StackJob
-from regmix.swarm.events import Event, Progress, Replaced, Retired
+from regmix.swarm.events import Done, Event, Failed, Progress, Replaced, Retired
+from regmix.swarm.needs import job_tokens
 
 
 class Tally:
@@ -21,7 +22,7 @@ class Tally:
 
     def __init__(self, jobs: Sequence[StackJob], *, num_gpus: int = 0) -> None:
         self.num_gpus = num_gpus
-        self.total_tokens = sum(job.training.tokens * len(job.members) for job in jobs)
+        self.total_tokens = sum(job_tokens(job) for job in jobs)
         self.num_models = sum(len(job.members) for job in jobs)
         self.models_done = 0
         self._tokens: dict[str, int] = {}
@@ -32,23 +33,27 @@ class Tally:
         """Count one event."""
         if isinstance(event, Retired):
             self.num_gpus = event.num_left
-            return
-        job, name = event.job, event.job.name
-        if isinstance(event, Progress):
-            per_step = len(job.members) * job.training.batch_size * job.training.shape.seq_len
-            self._tokens[name] = event.step * per_step
-            # A stack that was just resumed has not trained a step yet.
-            if not math.isnan(event.loss_nats):
-                self._losses[name] = event.loss_nats
+        elif isinstance(event, Progress):
+            self._take_progress(event)
         elif isinstance(event, Replaced):
             # Its parts say for themselves how far they are.
-            self._tokens.pop(name, None)
-            self._losses.pop(name, None)
+            self._tokens.pop(event.job.name, None)
+            self._losses.pop(event.job.name, None)
+        elif isinstance(event, Done | Failed):
+            self._tokens[event.job.name] = job_tokens(event.job)
+            self.models_done += len(event.job.members)
         else:
-            self._tokens[name] = job.training.tokens * len(job.members)
-            self.models_done += len(job.members)
+            return
         if self._first is None:
             self._first = (time.monotonic(), self.tokens)
+
+    def _take_progress(self, event: Progress) -> None:
+        training = event.job.training
+        per_step = len(event.job.members) * training.batch_size * training.shape.seq_len
+        self._tokens[event.job.name] = event.step * per_step
+        # A stack that was just resumed has not trained a step yet.
+        if not math.isnan(event.loss_nats):
+            self._losses[event.job.name] = event.loss_nats
 
     @property
     def tokens(self) -> int:

@@ -1,10 +1,12 @@
 """A worker: a long-lived process that trains one stack after another.
 
 Enters, one JSON object a line on stdin: `{"job": ...}`, `{"stop": true}`. Leaves, one JSON object
-a line on stdout: `{"progress": ...}`, `{"done": ...}`, `{"stopped": ...}`, `{"failed": ...}`; and,
-as the last thing before it ends, `{"out_of_memory": ...}` or `{"broken": ..., "lost": ...}` of its
-GPU. Results are written as files into the job's folder before `done` is said. It writes to no
-ledger, and it dies with its coordinator.
+a line on stdout: `{"ready": ...}` once; of a job `{"started": ...}`, `{"progress": ...}`,
+`{"checkpoint": ...}`, then `{"done": ...}`, `{"stopped": ...}` or `{"failed": ...}`; all the while
+`{"beat": n}`, where n counts what the training has done; and, as the last thing before it ends,
+`{"preempted": ...}` where it was sent SIGTERM, `{"out_of_memory": ...}` or `{"broken": ...,
+"lost": ...}` of its GPU. Results are written as files into the job's folder before `done` is said.
+It writes to no ledger, and it dies with its coordinator.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import queue
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -24,23 +27,26 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from regmix.data.sampling.sampler import ORDER_VERSION
 from regmix.data.shards import ShardSet
 from regmix.errors import RegmixError
 from regmix.files import atomic_open, read_table
+from regmix.provenance import environment_record, processor
 from regmix.swarm.checkpoint import checkpoints, read_tensors, write_tensors
 from regmix.swarm.engine import (
     CHECKPOINT_SECONDS,
+    Listener,
     StackJob,
     StackKeeper,
     StackResult,
     StackTrainer,
-    StepReport,
     StoppedError,
     member_parameters,
     refuse_another_job,
 )
 
 RESULT_FILE = "result.json"
+BEAT_SECONDS = 2.0
 _PR_SET_PDEATHSIG = 1
 _CUDA_ERRORS = ("CUDA error", "Triton Error [CUDA]", "CUDA driver error")
 _OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -56,7 +62,7 @@ def train_job(
     job: StackJob,
     *,
     shards: ShardSet | None = None,
-    report: Callable[[StepReport], None] = lambda _: None,
+    listener: Listener | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     keeper: StackKeeper | None = None,
@@ -76,7 +82,9 @@ def train_job(
     if shards is None:
         shards = ShardSet.open(job.shards)
     result = StackTrainer(job, shards, keeper=keeper).run(
-        report=report, should_stop=should_stop, checkpoint_seconds=checkpoint_seconds
+        listener=listener or Listener(),
+        should_stop=should_stop,
+        checkpoint_seconds=checkpoint_seconds,
     )
     table = _write_result(job, result)
     for old in checkpoints(folder):
@@ -125,9 +133,14 @@ def read_parameters(path: Path) -> dict[str, Any]:
 
 
 class _Worker:
+    """The state of this process; its main thread trains, others listen and say that it lives."""
+
     def __init__(self) -> None:
-        self.jobs: queue.Queue[tuple[StackJob, float] | None] = queue.Queue()
-        self.stopping = threading.Event()
+        # A simple queue: it may be put into by a signal's handler while the same thread reads.
+        self.jobs: queue.SimpleQueue[tuple[StackJob, float] | None] = queue.SimpleQueue()
+        self.is_stopping = False
+        self.is_preempted = False
+        self.pulses = 0
         self._keeper = StackKeeper()
         self._shards: dict[str, ShardSet] = {}
 
@@ -135,23 +148,38 @@ class _Worker:
         for line in sys.stdin:
             message = json.loads(line)
             if message.get("stop"):
-                self.stopping.set()
-                self.jobs.put(None)
+                self._end()
             else:
                 job = StackJob.from_table(message["job"])
                 self.jobs.put((job, float(message["checkpoint_seconds"])))
         # The coordinator is gone: nobody would read a result.
         os._exit(1)
 
+    def _end(self) -> None:
+        self.is_stopping = True
+        self.jobs.put(None)
+
+    def preempt(self, _number: int, _frame: object) -> None:
+        """Handle SIGTERM: somebody else ends this process, and gives it a moment before."""
+        self.is_preempted = True
+        self._end()
+
+    def beat(self) -> None:
+        while True:
+            say({"beat": self.pulses})
+            time.sleep(BEAT_SECONDS)
+
     def work(self) -> None:
-        while (order := self.jobs.get()) is not None and not self.stopping.is_set():
+        while (order := self.jobs.get()) is not None and not self.is_stopping:
             job, checkpoint_seconds = order
             try:
                 self._train(job, checkpoint_seconds)
             except StoppedError:
-                say({"stopped": job.name})
+                if not self.is_preempted:
+                    say({"stopped": job.name})
             except RegmixError as error:
-                say({"failed": job.name, "what": error.what, "cure": error.cure})
+                kind = type(error).__name__
+                say({"failed": job.name, "kind": kind, "what": error.what, "cure": error.cure})
             except Exception as error:
                 if job.device != "cpu":
                     leave_where_the_gpu_failed(job, error)
@@ -160,6 +188,9 @@ class _Worker:
                 last = traceback.format_exc().strip().splitlines()[-1]
                 cure = "See the trace in the study's logs/"
                 say({"failed": job.name, "what": f"stack {job.name}: {last}", "cure": cure})
+        if self.is_preempted:
+            # Also of a job that it was sent and has not begun.
+            say({"preempted": None})
 
     def _train(self, job: StackJob, checkpoint_seconds: float) -> None:
         import torch
@@ -169,19 +200,23 @@ class _Worker:
             raise RuntimeError("CUDA error: no GPU can be used")
         if job.shards not in self._shards:
             self._shards[job.shards] = ShardSet.open(job.shards)
-
-        def report(step: StepReport) -> None:
-            say({"progress": job.name, **vars(step)})
-
         table = train_job(
             job,
             shards=self._shards[job.shards],
-            report=report,
-            should_stop=self.stopping.is_set,
+            listener=Listener(
+                started=lambda step: say({"started": job.name, "step": step}),
+                report=lambda step: say({"progress": job.name, **vars(step)}),
+                saved=lambda step: say({"checkpoint": job.name, "step": step}),
+                pulse=self._pulse,
+            ),
+            should_stop=lambda: self.is_stopping,
             checkpoint_seconds=checkpoint_seconds,
             keeper=self._keeper,
         )
         say({"done": job.name, "result": table})
+
+    def _pulse(self) -> None:
+        self.pulses += 1
 
 
 def leave_where_the_gpu_failed(job: StackJob, error: Exception) -> None:
@@ -218,9 +253,24 @@ def _say_last(message: dict[str, Any]) -> NoReturn:
     os._exit(1)
 
 
+_saying = threading.Lock()
+
+
 def say(message: dict[str, Any]) -> None:
     """Write one message to the coordinator."""
-    print(json.dumps(_without_nan(message)), flush=True)
+    line = json.dumps(_without_nan(message))
+    with _saying:
+        print(line, flush=True)
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return what this process computes with: versions, system, processor or GPU, data order."""
+    import torch
+
+    record = {**environment_record(), "order_version": ORDER_VERSION, "processor": processor()}
+    if torch.cuda.is_available():
+        record["gpu"] = torch.cuda.get_device_name()
+    return record
 
 
 def main() -> None:
@@ -232,9 +282,14 @@ def main() -> None:
     sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     worker = _Worker()
-    threading.Thread(target=worker.listen, daemon=True).start()
-    say({"ready": os.getpid()})
+    signal.signal(signal.SIGTERM, worker.preempt)
+    say({"ready": os.getpid(), "environment": describe_machine()})
+    for task in (worker.listen, worker.beat):
+        threading.Thread(target=task, daemon=True).start()
     worker.work()
+    sys.stderr.flush()
+    # Not by the interpreter's way: a thread that speaks then would bring it down with an error.
+    os._exit(0)
 
 
 if __name__ == "__main__":

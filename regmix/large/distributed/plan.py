@@ -23,7 +23,7 @@ from regmix.large.distributed.job import rows_of
 from regmix.large.distributed.splitting import is_even, refuse_uneven
 from regmix.model.presets import ModelShape
 from regmix.study import Training
-from regmix.swarm.cost import WORKER_BASE_BYTES
+from regmix.swarm.needs import WORKER_BASE_BYTES
 from regmix.swarm.placement import RESERVE_BYTES
 
 # The share of a device's matrix products that training is assumed to reach. Not measured.
