@@ -21,7 +21,7 @@ from regmix.data.groups import Groups
 from regmix.data.pools import check_pools
 from regmix.errors import ConfigError, StudyError, nearest
 from regmix.files import storage_errors
-from regmix.model.optim import OptimConfig
+from regmix.model.optim_config import OptimConfig
 from regmix.model.presets import ModelShape
 
 if TYPE_CHECKING:
