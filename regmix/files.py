@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,10 @@ _CURES = {
     errno.ENOENT: "Check the path",
     errno.ENOTDIR: "A part of that path is a file: name another folder",
     errno.EISDIR: "That path is a folder: name a file",
+    errno.EFBIG: "Raise the limit on the size of files (ulimit -f), or name a folder elsewhere",
+    errno.EIO: "The disk reports errors: see the system's log, and move the data to another disk",
+    errno.ESTALE: "The file server lost that file: mount it again, then run the command again",
+    errno.EXDEV: "Both must lie on one file system: replace the link by a folder",
 }
 
 
@@ -46,7 +51,9 @@ def storage_errors(path: Path | str) -> Iterator[None]:
 def atomic_open(path: Path | str, mode: str = "wb", *, durable: bool = True) -> Iterator[IO[Any]]:
     """Open a temporary neighbour of `path` that replaces it, fsynced, when the block ends well."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Machines that share a file system may have the same process id.
+    owner = f"{platform.node()[:40]}-{os.getpid()}"
+    temporary = path.with_name(f".{path.name}.{owner}.tmp")
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

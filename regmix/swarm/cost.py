@@ -71,6 +71,7 @@ def estimate(
     num_workers: int,
     kept_bytes: int = 0,
     gpus: Sequence[Gpu] = (),
+    is_remote: bool = False,
 ) -> Cost:
     """Return what `jobs` will cost; the speed is measured for some seconds.
 
@@ -78,7 +79,7 @@ def estimate(
     memory or disk cannot hold the run.
 
     num_workers: processes for jobs of the CPU. kept_bytes: bytes per model that stay on disk after
-    the run.
+    the run. is_remote: the workers are on other machines, whose memory is not asked here.
     """
     num_models = sum(len(job.members) for job in jobs)
     if not jobs:
@@ -96,7 +97,7 @@ def estimate(
         gpu_memory_bytes=max((job_gpu_bytes(job) for job in on_gpu), default=0),
     )
     # Before the probe: it is a small stack, but of the same shape and batch.
-    refuse_if_too_large(cost, Path(jobs[0].folder))
+    refuse_if_too_large(cost, Path(jobs[0].folder), is_remote=is_remote)
     seconds, is_predicted, remarks = _gpu_seconds(on_gpu, gpus)
     if on_cpu:
         rate = measure_tokens_per_second(on_cpu[0], shards) * min(num_workers, len(on_cpu))
@@ -167,9 +168,9 @@ def measure_tokens_per_second(job: StackJob, shards: ShardSet) -> float:
         torch.set_num_threads(threads)
 
 
-def refuse_if_too_large(cost: Cost, folder: Path) -> None:
+def refuse_if_too_large(cost: Cost, folder: Path, *, is_remote: bool = False) -> None:
     """Raise where this machine's memory or the folder's disk cannot hold the run."""
-    available = available_memory_bytes()
+    available = None if is_remote else available_memory_bytes()
     if available is not None and cost.memory_bytes > available:
         raise StudyError(
             f"this needs {size(cost.memory_bytes)} of memory and {size(available)} are free",

@@ -15,10 +15,10 @@ import contextlib
 import queue
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from regmix.errors import RegmixError
+from regmix.swarm.attempts import Attempt
 from regmix.swarm.engine import StackJob
 from regmix.swarm.events import (
     Done,
@@ -33,6 +33,7 @@ from regmix.swarm.events import (
     Started,
     Stopped,
 )
+from regmix.swarm.messages import is_of_another_job, message_problem
 from regmix.swarm.places import Inbox, Place, Worker
 from regmix.swarm.scheduler import MAX_ATTEMPTS, MAX_STRIKES, Scheduler, Slot
 
@@ -43,46 +44,10 @@ STOP_PATIENCE_SECONDS = 60.0
 TICK_SECONDS = 0.5
 # This process stood still itself where a tick took so long: no worker is to blame.
 _LONG_TICK_SECONDS = 5.0
-# A worker may go on for so many times the longest pause it has made before.
-_PAUSES = 20.0
-
 # What takes the place of a stack that ran out of GPU memory, and a remark that says so.
 Replace = Callable[[StackJob], tuple[Sequence[StackJob], str]]
 # Errors of a worker that another machine may not have.
 _OF_THE_MACHINE = ("StorageError", "ShardError")
-
-
-@dataclass(eq=False)
-class _Attempt:
-    """What is known of the worker of a slot; times are the executor's clock.
-
-    is_ready: it has spoken once, so its libraries are loaded; first_step: where its job began;
-    pulses, moved_at: what its training has done, and when that last changed.
-    """
-
-    worker: Worker
-    heard_at: float
-    environment: dict[str, Any] = field(default_factory=dict)
-    is_ready: bool = False
-    is_told: bool = False
-    first_step: int | None = None
-    pulses: int | None = None
-    moved_at: float = 0.0
-    longest_pause: float = 0.0
-
-    def begin(self, now: float) -> None:
-        """Expect another job's messages from now on."""
-        self.is_told, self.first_step, self.pulses = False, None, None
-        self.heard_at, self.moved_at, self.longest_pause = now, now, 0.0
-
-    def hear(self, message: dict[str, Any], now: float) -> None:
-        """Note that a message came."""
-        self.heard_at, self.is_ready = now, True
-        pulses = message.get("beat", self.pulses)
-        if pulses != self.pulses:
-            if self.pulses is not None:
-                self.longest_pause = max(self.longest_pause, now - self.moved_at)
-            self.pulses, self.moved_at = pulses, now
 
 
 class Dispatcher:
@@ -98,7 +63,7 @@ class Dispatcher:
         self.scheduler = Scheduler(jobs)
         self._executor, self._on_event, self._replace = executor, on_event, replace
         self._inbox: Inbox = queue.Queue()
-        self._attempts: dict[str, _Attempt] = {}
+        self._attempts: dict[str, Attempt] = {}
         self._why_retired = "none was given"
         self._ticked_at = self._able_at = executor.clock()
 
@@ -168,7 +133,7 @@ class Dispatcher:
             now = self._executor.clock()
             attempt = self._attempts.get(slot.place.id)
             if attempt is None:
-                attempt = _Attempt(self._executor.start(slot.place), now)
+                attempt = Attempt(self._executor.start(slot.place), now)
                 self._attempts[slot.place.id] = attempt
             attempt.begin(now)
             seconds = self._executor.checkpoint_seconds
@@ -216,9 +181,13 @@ class Dispatcher:
             self._bury(slot)
             return
         attempt.hear(message, self._executor.clock())
-        if "ready" in message:
-            attempt.environment = message.get("environment") or {}
-        if job is None:
+        if problem := message_problem(message, job):
+            attempt.worker.kill()
+            self._dismiss(slot)
+            if job is not None:
+                self._count_death(slot, job, attempt, "died", problem)
+            return
+        if job is None or is_of_another_job(message, job):
             return
         if "started" in message:
             attempt.first_step = int(message["step"])
@@ -247,7 +216,7 @@ class Dispatcher:
             else:
                 self._count_death(slot, job, attempt, "died", message["what"])
 
-    def _tell_start(self, slot: Slot, attempt: _Attempt | None) -> None:
+    def _tell_start(self, slot: Slot, attempt: Attempt | None) -> None:
         """Tell once that an attempt began, also where its worker never said so."""
         assert slot.job is not None
         if attempt is not None and not attempt.is_told:
@@ -329,7 +298,7 @@ class Dispatcher:
             self._on_event(Requeued(job=job, outcome="lost", why=why))
 
     def _count_death(
-        self, slot: Slot, job: StackJob, attempt: _Attempt, outcome: str, why: str
+        self, slot: Slot, job: StackJob, attempt: Attempt, outcome: str, why: str
     ) -> None:
         """A worker died or hung: after some deaths it is the job's fault, or the GPU's."""
         if self.scheduler.bury(slot, attempt.first_step):
@@ -366,24 +335,18 @@ class Dispatcher:
             if attempt is None or slot.job is None:
                 continue
             if late:
-                attempt.heard_at = attempt.moved_at = now
-            elif why := self._why_hung(slot, attempt, now):
+                attempt.excuse(now)
+                continue
+            why = attempt.why_hung(
+                now,
+                device=slot.place.device,
+                beat_patience_seconds=self._executor.beat_patience_seconds,
+                stall_seconds=self._executor.stall_seconds,
+            )
+            if why:
                 self._end_hung(slot, slot.job, attempt, why)
 
-    def _why_hung(self, slot: Slot, attempt: _Attempt, now: float) -> str | None:
-        silence, pause = now - attempt.heard_at, now - attempt.moved_at
-        stall = max(self._executor.stall_seconds, _PAUSES * attempt.longest_pause)
-        patience = self._executor.beat_patience_seconds if attempt.is_ready else stall
-        if silence > patience:
-            return f"no sign of life for {silence:.0f} s"
-        # A step of a large model may take hours on a CPU; how long is known after the first.
-        if slot.place.device == "cpu" and not attempt.longest_pause:
-            return None
-        if pause > stall:
-            return f"its training stood still for {pause:.0f} s"
-        return None
-
-    def _end_hung(self, slot: Slot, job: StackJob, attempt: _Attempt, why: str) -> None:
+    def _end_hung(self, slot: Slot, job: StackJob, attempt: Attempt, why: str) -> None:
         del self._attempts[slot.place.id]
         self._tell_start(slot, attempt)
         code = attempt.worker.kill()
@@ -418,6 +381,10 @@ class Dispatcher:
     def _take_last(self, slot: Slot, message: dict[str, Any] | None) -> None:
         job = slot.job
         if job is None:
+            return
+        if message is not None and (
+            message_problem(message, job) or is_of_another_job(message, job)
+        ):
             return
         if message is not None and "done" in message:
             self._tell_start(slot, self._attempts.get(slot.place.id))

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from regmix.errors import RegmixError, StudyError
+from regmix.errors import StudyError
 from regmix.swarm.dispatch import Dispatcher, Replace, default_clock
 from regmix.swarm.engine import CHECKPOINT_SECONDS, StackJob
 from regmix.swarm.events import Event
@@ -47,21 +47,23 @@ class Executor(ABC):
 
     checkpoint_seconds: time between two checkpoints of a stack; it changes no result.
     beat_patience_seconds: how long a worker may say nothing; stall_seconds: how long its training
-    may stand still. patience_seconds: how long jobs wait where no place is left that could take
-    them, as machines may come back.
+    may stand still; None for this module's constants. patience_seconds: how long jobs wait where no
+    place is left that could take them, as machines may come back.
     """
 
     def __init__(
         self,
         *,
         checkpoint_seconds: float = CHECKPOINT_SECONDS,
-        beat_patience_seconds: float = BEAT_PATIENCE_SECONDS,
-        stall_seconds: float = STALL_SECONDS,
+        beat_patience_seconds: float | None = None,
+        stall_seconds: float | None = None,
         patience_seconds: float = 0.0,
     ) -> None:
         self.checkpoint_seconds = checkpoint_seconds
-        self.beat_patience_seconds = beat_patience_seconds
-        self.stall_seconds = stall_seconds
+        self.beat_patience_seconds = (
+            BEAT_PATIENCE_SECONDS if beat_patience_seconds is None else beat_patience_seconds
+        )
+        self.stall_seconds = STALL_SECONDS if stall_seconds is None else stall_seconds
         self.patience_seconds = patience_seconds
 
     @abstractmethod
@@ -94,14 +96,14 @@ class Executor(ABC):
 
         replace: called where a stack ran out of GPU memory, once its worker holds nothing any
         more; returns the jobs in its place and a remark, or raises `RegmixError`: it has failed.
-        Where `on_event` raises a `RegmixError`, every worker writes a checkpoint first, too.
+        Whatever `on_event` raises, every worker writes a checkpoint first, too.
         """
         dispatcher = Dispatcher(self, jobs, on_event, replace)
         previous = raise_on_sigterm()
         try:
             try:
                 dispatcher.serve()
-            except (KeyboardInterrupt, RegmixError):
+            except (KeyboardInterrupt, Exception):
                 dispatcher.stop()
                 raise
         finally:

@@ -17,10 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from regmix.errors import StudyError
 from regmix.files import storage_errors
 from regmix.swarm.places import Inbox
 
 WORKER_MODULE = "regmix.swarm.worker"
+# The losses of a stack along its training take far less.
+LONGEST_MESSAGE_BYTES = 1 << 26
 # A process that hangs in a broken driver does not end, not even when it is killed.
 EXIT_PATIENCE_SECONDS = 30.0
 
@@ -75,16 +78,25 @@ class WorkerProcess:
                 start_new_session=True,
                 pass_fds=() if setup.inherited is None else (setup.inherited,),
             )
+        except OSError as error:
+            raise StudyError(
+                f"a worker cannot be started: {error}",
+                cure="Use fewer --workers, or raise the limits on processes and memory (ulimit), "
+                "then run the same command again",
+            ) from error
         finally:
             log.close()
         threading.Thread(target=self._read, args=(inbox,), daemon=True).start()
 
     def _read(self, inbox: Inbox) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
+        while line := self.process.stdout.readline(LONGEST_MESSAGE_BYTES):
+            if len(line) == LONGEST_MESSAGE_BYTES:
+                self.process.kill()
+                break
             try:
                 message = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(message, dict):
                 inbox.put((self, message))

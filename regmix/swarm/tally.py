@@ -17,14 +17,15 @@ from regmix.swarm.needs import job_tokens
 class Tally:
     """Adds up the progress of stacks that are trained at the same time.
 
-    num_gpus: GPUs that are in use; those that are lost on the way are counted out.
+    num_gpus: GPUs that are in use; those that are lost on the way are counted out. tokens: trained
+    so far, those before a resume included.
     """
 
     def __init__(self, jobs: Sequence[StackJob], *, num_gpus: int = 0) -> None:
         self.num_gpus = num_gpus
         self.total_tokens = sum(job_tokens(job) for job in jobs)
         self.num_models = sum(len(job.members) for job in jobs)
-        self.models_done = 0
+        self.models_done = self.tokens = 0
         self._tokens: dict[str, int] = {}
         self._losses: dict[str, float] = {}
         self._first: tuple[float, int] | None = None
@@ -37,10 +38,10 @@ class Tally:
             self._take_progress(event)
         elif isinstance(event, Replaced):
             # Its parts say for themselves how far they are.
-            self._tokens.pop(event.job.name, None)
+            self._set_tokens(event.job, 0)
             self._losses.pop(event.job.name, None)
         elif isinstance(event, Done | Failed):
-            self._tokens[event.job.name] = job_tokens(event.job)
+            self._set_tokens(event.job, job_tokens(event.job))
             self.models_done += len(event.job.members)
         else:
             return
@@ -50,15 +51,15 @@ class Tally:
     def _take_progress(self, event: Progress) -> None:
         training = event.job.training
         per_step = len(event.job.members) * training.batch_size * training.shape.seq_len
-        self._tokens[event.job.name] = event.step * per_step
+        self._set_tokens(event.job, event.step * per_step)
         # A stack that was just resumed has not trained a step yet.
         if not math.isnan(event.loss_nats):
             self._losses[event.job.name] = event.loss_nats
 
-    @property
-    def tokens(self) -> int:
-        """Tokens trained so far, those before a resume included."""
-        return sum(self._tokens.values())
+    def _set_tokens(self, job: StackJob, tokens: int) -> None:
+        # A running sum: there may be thousands of stacks, and hundreds of events a second.
+        self.tokens += tokens - self._tokens.get(job.name, 0)
+        self._tokens[job.name] = tokens
 
     @property
     def tokens_per_second(self) -> float:

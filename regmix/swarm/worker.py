@@ -23,7 +23,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import numpy as np
 
@@ -48,6 +48,12 @@ from regmix.swarm.engine import (
 RESULT_FILE = "result.json"
 BEAT_SECONDS = 2.0
 _PR_SET_PDEATHSIG = 1
+_MEMORY_RAN_OUT = {
+    "kind": "MemoryError",
+    "what": "its worker ran out of memory",
+    "cure": "Use fewer --workers or a smaller --stack-size, or free some memory, then run the "
+    "same command again",
+}
 _CUDA_ERRORS = ("CUDA error", "Triton Error [CUDA]", "CUDA driver error")
 _OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 # What CUDA says where no other process will do better on this GPU. After any other error, as an
@@ -181,6 +187,10 @@ class _Worker:
                 kind = type(error).__name__
                 say({"failed": job.name, "kind": kind, "what": error.what, "cure": error.cure})
             except Exception as error:
+                if _is_out_of_memory(error):
+                    traceback.print_exc()
+                    say({"failed": job.name, **_MEMORY_RAN_OUT})
+                    continue
                 if job.device != "cpu":
                     leave_where_the_gpu_failed(job, error)
                 # A defect in one stack must not take the others: it is reported, its trace logged.
@@ -219,6 +229,13 @@ class _Worker:
         self.pulses += 1
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether the machine's own memory, not a GPU's, ran out."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
 def leave_where_the_gpu_failed(job: StackJob, error: Exception) -> None:
     """End this process, after saying why, where an error is the GPU's; else return.
 
@@ -253,14 +270,15 @@ def _say_last(message: dict[str, Any]) -> NoReturn:
     os._exit(1)
 
 
+_to_coordinator: list[TextIO] = []
 _saying = threading.Lock()
 
 
 def say(message: dict[str, Any]) -> None:
-    """Write one message to the coordinator."""
+    """Write one message to the coordinator; any thread may."""
     line = json.dumps(_without_nan(message))
     with _saying:
-        print(line, flush=True)
+        print(line, file=_to_coordinator[-1], flush=True)
 
 
 def describe_machine() -> dict[str, Any]:
@@ -278,9 +296,11 @@ def main() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    # What libraries and compilers print goes to the log: stdout holds messages only.
-    sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    # What anything else prints goes to the log: the pipe holds messages only.
+    messages = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    sys.stdout = sys.stderr
+    _to_coordinator.append(messages)
     worker = _Worker()
     signal.signal(signal.SIGTERM, worker.preempt)
     say({"ready": os.getpid(), "environment": describe_machine()})
