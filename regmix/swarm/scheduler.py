@@ -102,11 +102,16 @@ class Scheduler:
 
     def _waits_for_another(self, job: StackJob, slot: Slot) -> bool:
         """Whether a job died or failed here, and a place is left where it did not."""
-        others = [o for o in self.slots if o is not slot and not o.is_retired and _suits(job, o)]
-        if job.name in slot.struck and any(job.name not in other.struck for other in others):
-            return True
-        unable = self._unable[job.name]
-        return slot.place.machine in unable and any(o.place.machine not in unable for o in others)
+        if not self._speaks_against(slot, job):
+            return False
+        # One reason to avoid this place and another to avoid that one must not block the job.
+        return any(
+            not other.is_retired and _suits(job, other) and not self._speaks_against(other, job)
+            for other in self.slots
+        )
+
+    def _speaks_against(self, slot: Slot, job: StackJob) -> bool:
+        return job.name in slot.struck or slot.place.machine in self._unable[job.name]
 
     def _free_host_bytes(self, place: Place) -> int | None:
         if place.host_bytes is None:
