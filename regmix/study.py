@@ -149,6 +149,8 @@ class Study:
         self.schedules_path = path / "schedules.csv"
         self.trajectories_path = path / "trajectories.csv"
         self.ledger_path = path / "ledger.sqlite"
+        self.ledger_copy_path = path / "ledger.backup.sqlite"
+        self.progress_path = path / "progress.json"
         self.surrogate_path = path / "surrogate"
         self.optimum_path = path / "optimum.yaml"
         self.reused_path = path / "reused.yaml"

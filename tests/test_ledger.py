@@ -114,14 +114,14 @@ def test_a_failed_transaction_leaves_nothing_behind(
 
 def test_a_corrupt_ledger_is_refused_with_a_cure(tmp_path: Path) -> None:
     (tmp_path / "ledger.sqlite").write_bytes(b"not a database" * 400)
-    with pytest.raises(StudyError, match="cannot be read"):
+    with pytest.raises(StudyError, match="the ledger is damaged"):
         Ledger(tmp_path / "ledger.sqlite")
 
 
-def test_a_ledger_of_another_version_is_refused(tmp_path: Path) -> None:
+def test_a_ledger_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
-        ledger._db.execute("UPDATE meta SET value = '99'")
-    with pytest.raises(StudyError, match="another version"):
+        ledger._db.execute("UPDATE meta SET value = '99' WHERE key = 'version'")
+    with pytest.raises(StudyError, match="made by a newer version"):
         Ledger(tmp_path / "ledger.sqlite")
 
 

@@ -26,6 +26,7 @@ from regmix.study import Study, Training
 from regmix.swarm.drawing import SwarmRequest, make_study
 from regmix.swarm.engine import StoppedError
 from regmix.swarm.events import Done
+from regmix.swarm.export import export
 from regmix.swarm.ledger import Ledger
 from regmix.swarm.schedules import ScheduleRequest
 from regmix.swarm.sweep import (
@@ -80,6 +81,7 @@ def train_stopping(study: Study, shards: ShardSet, stops: tuple[int, ...]) -> by
             with pytest.raises(StoppedError):
                 train_job(job, should_stop=answers.__next__)
         collect(study, ledger, Done(job=job, result=train_job(job)))
+        export(study, ledger)
     return study.trajectories_path.read_bytes()
 
 
