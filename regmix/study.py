@@ -7,10 +7,8 @@ that lets one command at a time write to it. Trains, fits and draws nothing.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import math
 import os
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +19,7 @@ from regmix.data.groups import Groups
 from regmix.data.pools import check_pools
 from regmix.errors import ConfigError, StudyError, nearest
 from regmix.files import storage_errors
+from regmix.lease import held
 from regmix.model.optim_config import OptimConfig
 from regmix.model.presets import ModelShape
 
@@ -150,6 +149,8 @@ class Study:
         self.trajectories_path = path / "trajectories.csv"
         self.ledger_path = path / "ledger.sqlite"
         self.ledger_copy_path = path / "ledger.backup.sqlite"
+        self.lock_path = path / ".lock"
+        self.lease_path = path / ".lease"
         self.progress_path = path / "progress.json"
         self.surrogate_path = path / "surrogate"
         self.optimum_path = path / "optimum.yaml"
@@ -216,32 +217,24 @@ class Study:
 
     @contextlib.contextmanager
     def lock(self, *, patience_seconds: float = LOCK_PATIENCE_SECONDS) -> Iterator[int]:
-        """Hold the study for writing; yields a descriptor that workers inherit.
+        """Hold the study for training and drawing; yields a descriptor that workers inherit.
 
         A worker that outlives a killed coordinator still holds the lock, so a new coordinator
-        waits for it. `StudyError` where another process keeps it longer than the patience.
+        waits for it. `StudyError` where another process keeps it longer than the patience, on this
+        machine or on another one that shares the folder.
         """
-        with storage_errors(self.path):
-            descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            deadline = time.monotonic() + patience_seconds
-            while True:
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
-                        raise StudyError(
-                            f"{self.path} is in use by another command (process {owner or '?'})",
-                            cure="Wait until it ends, or stop it",
-                        ) from None
-                    time.sleep(0.1)
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        with held(self.lock_path, self.lease_path, patience_seconds=patience_seconds) as descriptor:
             yield descriptor
-        finally:
-            os.close(descriptor)
+
+    @contextlib.contextmanager
+    def decision_lock(self, *, patience_seconds: float = LOCK_PATIENCE_SECONDS) -> Iterator[None]:
+        """Hold what is decided (`surrogate/`, `optimum.*`), while proxies may be in training.
+
+        Whoever needs both locks takes `lock` first.
+        """
+        paths = self.path / ".decision.lock", self.path / ".decision.lease"
+        with held(*paths, patience_seconds=patience_seconds):
+            yield
 
 
 def find_study(name: str | None) -> Path:

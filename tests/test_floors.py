@@ -20,7 +20,7 @@ SOURCE_ROOTS = {
 }
 # Ground floor first. A module belongs to the first floor that names it or its package.
 FLOORS = (
-    ("errors", "files", "config", "display", "provenance", "_sampler"),
+    ("errors", "files", "lease", "config", "display", "provenance", "_sampler"),
     ("data",),
     ("model",),
     ("study",),

@@ -99,7 +99,7 @@ def command(
     record["early"] = early_record(opened, runs, chosen, seed)
     folder = opened.surrogate_path if opened else out
     if folder is not None:
-        with opened.lock() if opened else contextlib.nullcontext():
+        with opened.decision_lock() if opened else contextlib.nullcontext():
             write_fit(folder, model, runs, record)
     if test_mixtures is not None and test_losses is not None:
         unseen = reduce_runs(read_runs(test_mixtures, test_losses, targets=runs.targets), groups)

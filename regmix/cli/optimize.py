@@ -182,7 +182,7 @@ def command(
         )
     path = out or (opened.optimum_path if opened else None)
     if path is not None:
-        with opened.lock() if opened else contextlib.nullcontext():
+        with opened.decision_lock() if opened else contextlib.nullcontext():
             write_optimum(path, best, model, plan)
             if len(model.targets) > 1:
                 write_tradeoffs(path, tradeoffs_of(best, model, groups))
