@@ -109,7 +109,7 @@ def read_json(path: Path | str) -> Any:
     """Read a JSON file; `StorageError` where it is missing or malformed."""
     try:
         return json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise StorageError(
             f"{path}: not valid JSON ({error})", cure="Restore the file, or write it again"
         ) from error

@@ -19,7 +19,8 @@ from regmix.large.distributed.job import TrainJob
 from regmix.model.optim import OptimConfig
 from regmix.model.presets import ModelShape
 from regmix.study import Training
-from regmix.swarm.engine import Member, StackJob, StackTrainer
+from regmix.swarm.engine import StackTrainer
+from regmix.swarm.jobs import Member, StackJob
 
 NUM_STEPS = 50
 # A program, the jobs it gets, and what else.

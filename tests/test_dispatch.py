@@ -17,7 +17,6 @@ import pytest
 from regmix.errors import StorageError, StudyError
 from regmix.study import Training
 from regmix.swarm.dispatch import TICK_SECONDS
-from regmix.swarm.engine import Member, StackJob
 from regmix.swarm.events import (
     Done,
     Event,
@@ -30,6 +29,7 @@ from regmix.swarm.events import (
     Stopped,
 )
 from regmix.swarm.executors import Executor
+from regmix.swarm.jobs import Member, StackJob
 from regmix.swarm.places import Inbox, Place, Worker
 
 

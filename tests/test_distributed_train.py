@@ -20,7 +20,8 @@ from regmix.large.distributed.loop import DivergedError, LargeTrainer
 from regmix.large.distributed.parallel import Place
 from regmix.large.distributed.splitting import refuse_uneven
 from regmix.large.distributed.watch import MOST_NOT_FINITE, MOST_SPIKES, LossWatch
-from regmix.swarm.engine import Member, MemberSegment, StoppedError
+from regmix.swarm.engine import StoppedError
+from regmix.swarm.jobs import Member, MemberSegment
 
 ALONE = Place(0, 1, torch.device("cpu"))
 STOPPED_AT = 20

@@ -15,14 +15,14 @@ from regmix.model.fused.stack import FusedStack
 from regmix.study import Training
 from regmix.swarm.checkpoint import CheckpointWriter, checkpoints, load_newest
 from regmix.swarm.engine import (
-    Member,
-    StackJob,
+    Listener,
     StackKeeper,
     StackResult,
     StackTrainer,
     StoppedError,
-    split_checkpoint,
 )
+from regmix.swarm.jobs import Member, StackJob
+from regmix.swarm.resuming import split_checkpoint
 from regmix.swarm.worker import read_parameters, train_job
 
 MIXTURES = [
@@ -164,7 +164,7 @@ def test_a_broken_member_is_marked_and_its_neighbours_are_not_changed(
 def test_a_trained_job_is_read_and_not_trained_again(job: StackJob, tiny_shards: ShardSet) -> None:
     first = train_job(job, shards=tiny_shards)
     steps = []
-    second = train_job(job, shards=tiny_shards, report=steps.append)
+    second = train_job(job, shards=tiny_shards, listener=Listener(report=steps.append))
     assert second == first
     assert steps == []
     parameters = read_parameters(Path(job.folder) / "1.safetensors")

@@ -11,9 +11,9 @@ import pytest
 from fake_workers import MODULE, FakeWorkers, make_fake_workers
 
 from regmix.study import Training
-from regmix.swarm.engine import Member, StackJob
 from regmix.swarm.events import Done, Event, Failed, Replaced, Retired
 from regmix.swarm.executors import LocalExecutor
+from regmix.swarm.jobs import Member, StackJob
 from regmix.swarm.ledger import Ledger
 from regmix.swarm.processes import worker_environment
 from regmix.swarm.shrinking import replace_stack

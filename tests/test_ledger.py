@@ -8,7 +8,7 @@ import pytest
 
 from regmix.errors import StorageError, StudyError
 from regmix.study import Training
-from regmix.swarm.engine import Member, StackJob
+from regmix.swarm.jobs import Member, StackJob
 from regmix.swarm.ledger import Ledger
 
 

@@ -24,7 +24,8 @@ from regmix.large.train import budget_remarks
 from regmix.study import Study, Training
 from regmix.swarm.cost import Cost
 from regmix.swarm.drawing import SwarmRequest, make_study
-from regmix.swarm.engine import StackJob, StackTrainer, StoppedError
+from regmix.swarm.engine import StackTrainer, StoppedError
+from regmix.swarm.jobs import StackJob
 from regmix.swarm.ledger import Ledger
 from regmix.swarm.sweep import SweepOptions, Tally, plan_stacks, run_sweep, stack_job, study_member
 from tests.sampler_cases import quick
@@ -157,8 +158,9 @@ def test_a_sweep_with_pools_trains_other_losses_and_keeps_its_pools_when_moved(
         raise StopError
 
     options = SweepOptions(num_workers=1)
+    job = planned(study)
     with Ledger(study.ledger_path) as ledger:
-        ledger.add_stacks([planned(study)])
+        ledger.add_stacks([job])
     moved = study.path.rename(tmp_path / "moved")
     with pytest.raises(StopError):
         run_sweep(Study.open(moved), options, on_start=stop)
@@ -173,8 +175,9 @@ def test_a_sweep_with_pools_trains_other_losses_and_keeps_its_pools_when_moved(
 
 
 def test_a_sweep_whose_pools_were_changed_in_between_is_refused(study: Study) -> None:
+    job = planned(study)
     with Ledger(study.ledger_path) as ledger:
-        ledger.add_stacks([planned(study)])
+        ledger.add_stacks([job])
     table = read_toml(study.path / "study.toml")
     del table["pools"], table["target_tokens"]
     write_toml(study.path / "study.toml", table)

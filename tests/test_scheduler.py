@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from regmix.study import Training
-from regmix.swarm.engine import Member, StackJob
+from regmix.swarm.jobs import Member, StackJob
 from regmix.swarm.needs import job_host_bytes
 from regmix.swarm.places import Place
 from regmix.swarm.scheduler import MAX_ATTEMPTS, MAX_LOSSES, Scheduler, Slot

@@ -28,7 +28,8 @@ from regmix.errors import ConfigError, MixtureError, StudyError
 from regmix.large.train import TrainRequest, resolve_mixture, resolve_recipe, run_training
 from regmix.study import Study, Training
 from regmix.swarm.drawing import SwarmRequest, make_study
-from regmix.swarm.engine import Member, StackJob, StoppedError
+from regmix.swarm.engine import StoppedError
+from regmix.swarm.jobs import Member, StackJob
 from regmix.swarm.schedules import ScheduleRequest
 from regmix.swarm.sweep import scheduled_member, stack_job, study_member
 from regmix.swarm.worker import train_job

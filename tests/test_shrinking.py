@@ -13,7 +13,8 @@ from regmix.study import Study, Training
 from regmix.swarm import shrinking
 from regmix.swarm.checkpoint import checkpoints
 from regmix.swarm.drawing import SwarmRequest, make_study
-from regmix.swarm.engine import StackJob, StackTrainer, StoppedError
+from regmix.swarm.engine import StackTrainer, StoppedError
+from regmix.swarm.jobs import StackJob
 from regmix.swarm.ledger import Ledger
 from regmix.swarm.shrinking import halved, replace_stack, with_smaller_micro_batch
 from regmix.swarm.sweep import SweepOptions, plan_stacks, run_sweep
@@ -151,6 +152,6 @@ def test_a_ledger_without_remarks_is_read_and_stays_as_it_is(study: Study) -> No
         planned_stack(study, ledger)
     study.ledger_path.chmod(0o444)
     before = study.ledger_path.read_bytes()
-    with Ledger(study.ledger_path) as ledger:
-        assert ledger.remarks() == []
+    with Ledger.read(study.ledger_path) as reader:
+        assert reader.remarks() == []
     assert study.ledger_path.read_bytes() == before

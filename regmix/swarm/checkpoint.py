@@ -104,9 +104,15 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
         text = record["state"]
         state = json.loads(text)
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        found = record["xxh3_64"]
+        if not isinstance(state, dict):
+            raise TypeError("its state is not a table")
+    except (
+        *(safetensors.SafetensorError, AttributeError, KeyError, RecursionError),
+        *(TypeError, ValueError),
+    ) as error:
         raise ValueError(f"{path}: not a complete checkpoint ({error})") from error
-    if record.get("xxh3_64") != _digest(tensors, text):
+    if found != _digest(tensors, text):
         raise ValueError(f"{path}: its content does not match its checksum")
     return tensors, state
 

@@ -19,9 +19,10 @@ from regmix.display import count, duration, size
 from regmix.errors import StorageError, StudyError
 from regmix.files import free_bytes
 from regmix.model.peaks import peak_of
-from regmix.swarm.engine import StackJob, StackTrainer
+from regmix.swarm.engine import StackTrainer
 from regmix.swarm.gpus import Gpu, ProbeError
 from regmix.swarm.gpus import measure_tokens_per_second as measure_on_gpu
+from regmix.swarm.jobs import StackJob
 from regmix.swarm.needs import disk_needed, job_gpu_bytes, job_tokens, memory_needed
 
 if TYPE_CHECKING:

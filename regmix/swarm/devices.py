@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 from regmix.errors import StudyError
 from regmix.study import Training
-from regmix.swarm.engine import StackJob
 from regmix.swarm.gpus import Gpu
+from regmix.swarm.jobs import StackJob
 from regmix.swarm.placement import Placement, place
 
 

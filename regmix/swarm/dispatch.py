@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 from regmix.errors import RegmixError
 from regmix.swarm.attempts import Attempt
-from regmix.swarm.engine import StackJob
 from regmix.swarm.events import (
     Done,
     Event,
@@ -33,6 +32,7 @@ from regmix.swarm.events import (
     Started,
     Stopped,
 )
+from regmix.swarm.jobs import StackJob
 from regmix.swarm.messages import is_of_another_job, message_problem
 from regmix.swarm.places import Inbox, Place, Worker
 from regmix.swarm.scheduler import MAX_ATTEMPTS, MAX_STRIKES, Scheduler, Slot

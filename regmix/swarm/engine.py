@@ -17,100 +17,24 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from regmix.config import as_table, build
 from regmix.data.sampling.ring import BatchRing
 from regmix.data.sampling.sampler import MixtureSampler, StackSampler
 from regmix.data.shards import ShardSet
 from regmix.data.validation import Windows, read_windows
 from regmix.errors import ModelError
 from regmix.model.trainable import TrainableStack, make_stack
-from regmix.study import Training
-from regmix.swarm.checkpoint import CheckpointWriter, load_newest, save_checkpoint
+from regmix.swarm.checkpoint import CheckpointWriter, load_newest
+from regmix.swarm.jobs import CHECKPOINT_SECONDS, StackJob
+from regmix.swarm.resuming import refuse_another_job, refusing_another_checkpoint
 
-CHECKPOINT_SECONDS = 15.0
 REPORT_SECONDS = 0.5
 EVAL_SEQUENCES = 16
 BUFFERS_AHEAD = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemberSegment:
-    """The mixture of one model from `first_step` on."""
-
-    first_step: int
-    weights: dict[str, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Member:
-    """One model of a stack: `name` is a proxy's index or a model's name.
-
-    segments: its mixtures one after the other, None for one mixture; then `weights` is the
-    mixture over the whole run, for the record.
-    """
-
-    name: str
-    weights: dict[str, float]
-    data_seed: int
-    init_seed: int
-    segments: tuple[MemberSegment, ...] | None = None
-
-    @property
-    def dealt(self) -> dict[str, float] | list[tuple[int, dict[str, float]]]:
-        """What a sampler deals: the mixture, or (first step, mixture) pairs."""
-        if self.segments is None:
-            return self.weights
-        return [(segment.first_step, segment.weights) for segment in self.segments]
-
-
-@dataclass(frozen=True, kw_only=True)
-class StackJob:
-    """All that training one stack depends on, so that a resumed stack is the same stack.
-
-    shards, folder: absolute paths of the corpus and of the stack's checkpoints.
-    shards_checksum: the corpus's, so that a checkpoint is not resumed on another one.
-    threads: intra-op threads; the sums of a matrix product depend on them.
-    device: "cpu", or "cuda" for the worker's GPU.
-    micro_batch: sequences of a member that a GPU takes at a time; None for the whole batch.
-    pools: domain -> sequences that may be read of it; None for all there are.
-    """
-
-    name: str
-    members: tuple[Member, ...]
-    training: Training
-    targets: tuple[str, ...]
-    shards: str
-    shards_checksum: str
-    folder: str
-    threads: int = 1
-    device: str = "cpu"
-    micro_batch: int | None = None
-    pools: dict[str, int] | None = None
-
-    def to_table(self) -> dict[str, Any]:
-        """Return the job as plain tables, for JSON."""
-        return as_table(self)
-
-    def identity(self) -> dict[str, Any]:
-        """Return what is trained, without where its files lie: that may change between runs."""
-        table = self.to_table()
-        for place in ("shards", "folder"):
-            table.pop(place)
-        if self.device == "cpu":
-            # As before there were other devices, so that older checkpoints are still resumed.
-            table.pop("device")
-        return table
-
-    @classmethod
-    def from_table(cls, table: dict[str, Any]) -> StackJob:
-        """Return the job that `to_table` described; ledgers of before had no checksum in it."""
-        return build(cls, {"shards_checksum": "", **table}, where="stack job")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,13 +284,14 @@ class StackTrainer:
         if found is None:
             return
         tensors, state = found
-        refuse_another_job(self.job, state["job"])
-        self.step = state["step"]
-        self.stack.load(tensors, tensors["train_losses"].numpy())
-        for sampler, saved in zip(self.samplers, state["samplers"], strict=True):
-            sampler.restore(saved)
-        steps = sorted(int(k.split(".")[1]) for k in tensors if k.startswith("evaluation."))
-        self.evaluations = [(step, tensors[f"evaluation.{step}"].numpy()) for step in steps]
+        with refusing_another_checkpoint(self.job):
+            refuse_another_job(self.job, state["job"])
+            self.step = state["step"]
+            self.stack.load(tensors, tensors["train_losses"].numpy())
+            for sampler, saved in zip(self.samplers, state["samplers"], strict=True):
+                sampler.restore(saved)
+            steps = sorted(int(k.split(".")[1]) for k in tensors if k.startswith("evaluation."))
+            self.evaluations = [(step, tensors[f"evaluation.{step}"].numpy()) for step in steps]
 
 
 def mean_losses(
@@ -384,37 +309,6 @@ def mean_losses(
         total = total + evaluate(torch.from_numpy(tokens), torch.from_numpy(mask))
     assert isinstance(total, Tensor)
     return (total / windows.num_tokens).numpy()
-
-
-def split_checkpoint(job: StackJob, parts: Sequence[StackJob]) -> None:
-    """Give each part of a stack its rows of the newest checkpoint, if there is one.
-
-    parts: jobs with some of the members each, and all else as in `job`, but name and folder.
-    """
-    found = load_newest(Path(job.folder))
-    if found is None:
-        return
-    tensors, state = found
-    refuse_another_job(job, state["job"])
-    place = {member.name: row for row, member in enumerate(job.members)}
-    for part in parts:
-        rows = torch.tensor([place[member.name] for member in part.members])
-        own = {
-            name: value[:, rows] if name == "train_losses" else value[rows]
-            for name, value in tensors.items()
-        }
-        samplers = [state["samplers"][row] for row in rows.tolist()]
-        kept = {"job": part.identity(), "samplers": samplers}
-        save_checkpoint(Path(part.folder), state["step"], own, kept)
-
-
-def refuse_another_job(job: StackJob, found: object) -> None:
-    """Raise `ModelError` where what lies in the job's folder was made by another job."""
-    if found != job.identity():
-        raise ModelError(
-            f"{job.folder}: what it holds belongs to another stack than '{job.name}'",
-            cure="Remove that folder to train the stack from its first step",
-        )
 
 
 def member_parameters(parameters: dict[str, Tensor], position: int) -> dict[str, Tensor]:

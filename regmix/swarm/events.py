@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from regmix.swarm.engine import StackJob
+from regmix.swarm.jobs import StackJob
 from regmix.swarm.places import Place
 
 

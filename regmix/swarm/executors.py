@@ -22,8 +22,8 @@ from typing import Any
 
 from regmix.errors import StudyError
 from regmix.swarm.dispatch import Dispatcher, Replace, default_clock
-from regmix.swarm.engine import CHECKPOINT_SECONDS, StackJob
 from regmix.swarm.events import Event
+from regmix.swarm.jobs import CHECKPOINT_SECONDS, StackJob
 from regmix.swarm.places import Inbox, Place, Worker
 from regmix.swarm.processes import WORKER_MODULE, WorkerProcess, WorkerSetup
 from regmix.swarm.scheduler import MAX_ATTEMPTS

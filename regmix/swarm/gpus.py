@@ -14,10 +14,12 @@ import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from regmix.errors import StudyError
-from regmix.swarm.engine import StackJob
+
+if TYPE_CHECKING:
+    from regmix.swarm.jobs import StackJob
 
 PROBE_MODULE = "regmix.swarm.probe"
 ASK_SECONDS = 120.0

@@ -16,13 +16,13 @@ import contextlib
 import json
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from regmix.errors import StudyError
-from regmix.swarm.engine import StackJob
+from regmix.swarm.jobs import StackJob
 from regmix.swarm.ledger_reading import AttemptRow, LedgerReader, ProxyRow, StackRow
 from regmix.swarm.ledger_schema import (
     LEDGER_VERSION,
@@ -93,6 +93,10 @@ class Ledger(LedgerReader):
         with self._transaction():
             for job in jobs:
                 self._add_stack(job, "pending")
+                # One that was taken out before it was planned has a row.
+                self._db.executemany(
+                    "DELETE FROM proxies WHERE proxy = ? AND stack IS NULL", _keys(job)
+                )
                 self._db.executemany(
                     "INSERT INTO proxies (proxy, stack, state, weights) "
                     "VALUES (?, ?, 'pending', ?)",
@@ -114,7 +118,9 @@ class Ledger(LedgerReader):
         """
         with self._transaction():
             row = self._db.execute("SELECT state FROM stacks WHERE name = ?", [job.name]).fetchone()
-            state = "pending" if row is None or row[0] == "pending" else "retried"
+            # A part goes on where the stack was; one that was taken out stays out.
+            kept = ("pending", "cancelled")
+            state = row[0] if row is not None and row[0] in kept else "retried"
             self._db.execute("DELETE FROM stacks WHERE name = ?", [job.name])
             self._close_attempt(job, "replaced", remark)
             for part in parts:
@@ -172,12 +178,37 @@ class Ledger(LedgerReader):
             self._set_state(job, "failed", reason)
 
     def queue(self, jobs: Iterable[StackJob]) -> None:
-        """Let stacks that could not be trained wait again."""
+        """Let stacks wait again that could not be trained, or were taken out."""
+        with self._transaction():
+            rows = self._db.execute("SELECT name FROM stacks WHERE state IN ('failed', 'cancelled')")
+            names = {name for (name,) in rows}
+            for job in jobs:
+                if job.name in names:
+                    self._set_state(job, "retried")
+
+    def try_again(self, jobs: Sequence[StackJob]) -> None:
+        """Store new stacks of proxies that failed: they wait again, and lose their reason."""
         with self._transaction():
             for job in jobs:
-                row = self._db.execute("SELECT state FROM stacks WHERE name = ?", [job.name])
-                if row.fetchone() == ("failed",):
-                    self._set_state(job, "retried")
+                self._add_stack(job, "retried")
+                self._db.executemany(
+                    "UPDATE proxies SET stack = ?, state = 'retried', error = NULL "
+                    "WHERE proxy = ?",
+                    [(job.name, *key) for key in _keys(job)],
+                )
+
+    def cancel(
+        self, jobs: Sequence[StackJob], unplanned: Mapping[int, Mapping[str, float]]
+    ) -> None:
+        """Take stacks out, and proxies (index -> weights) that no stack holds yet."""
+        with self._transaction():
+            for job in jobs:
+                self._set_state(job, "cancelled")
+            self._db.executemany(
+                "INSERT INTO proxies (proxy, stack, state, weights) "
+                "VALUES (?, NULL, 'cancelled', ?)",
+                [(index, json.dumps(dict(weights))) for index, weights in unplanned.items()],
+            )
 
     def finish_stack(self, job: StackJob, result: dict[str, Any]) -> None:
         """Store the losses of a trained stack; a proxy without finite losses has failed."""

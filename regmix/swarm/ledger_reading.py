@@ -19,7 +19,7 @@ from regmix.files import write_text
 from regmix.swarm.ledger_schema import check_rows, open_for_reading, reading_errors
 
 if TYPE_CHECKING:
-    from regmix.swarm.engine import StackJob
+    from regmix.swarm.jobs import StackJob
 
 # What waits to be trained, or is: a stack whose training ended is done, whatever came of it.
 UNFINISHED = ("pending", "running", "retried", "failed")
@@ -111,9 +111,22 @@ class LedgerReader:
         query = f"SELECT job FROM stacks WHERE state IN ({marks}) ORDER BY rowid"
         return self._jobs(query, UNFINISHED)
 
+    def cancelled_stacks(self) -> list[StackJob]:
+        """Return the stacks that the user took out."""
+        return self._jobs("SELECT job FROM stacks WHERE state = 'cancelled' ORDER BY rowid")
+
+    def next_stack_number(self) -> int:
+        """Return a number that no stack has had in its name."""
+        numbers = [
+            int(digits)
+            for (name,) in self._rows("SELECT name FROM stacks UNION SELECT stack FROM attempts")
+            if (digits := name.removeprefix("stack-").partition("-")[0]).isdigit()
+        ]
+        return max(numbers, default=-1) + 1
+
     def _jobs(self, query: str, values: Sequence[object] = ()) -> list[StackJob]:
-        # Not above: the engine imports torch, and a status needs none.
-        from regmix.swarm.engine import StackJob
+        # Not above: a status reads no job.
+        from regmix.swarm.jobs import StackJob
 
         return [StackJob.from_table(json.loads(job)) for (job,) in self._rows(query, values)]
 

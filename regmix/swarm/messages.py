@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from regmix.swarm.engine import StackJob
+from regmix.swarm.jobs import StackJob
 
 # Kind of a message -> what else it must hold. The kind's own value is the job's name, but for
 # `ready` (a process id), `beat` (a count) and `preempted` (None where no job had begun).

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from regmix.swarm.engine import StackJob
+from regmix.swarm.jobs import StackJob
 from regmix.swarm.placement import gpu_memory_bytes
 
 # Python, torch and its allocator, before the first parameter (measured 330 MB on Linux x86_64).

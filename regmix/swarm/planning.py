@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from regmix.data.mixtures import Mixture, MixtureTable
@@ -18,9 +18,9 @@ from regmix.errors import StudyError
 from regmix.provenance import available_cores
 from regmix.study import Study, Training
 from regmix.swarm.devices import place_like
-from regmix.swarm.engine import CHECKPOINT_SECONDS, Member, MemberSegment, StackJob
 from regmix.swarm.executors import Executor, stack_jobs
 from regmix.swarm.gpus import Gpu
+from regmix.swarm.jobs import CHECKPOINT_SECONDS, Member, MemberSegment, StackJob
 from regmix.swarm.ledger_reading import LedgerReader
 
 # Members of a stack on a CPU: past 16 nothing more is gained (bench/results, suite `stack`).
@@ -37,6 +37,8 @@ class SweepOptions:
     checkpoint_seconds: time between two checkpoints of a stack; it changes no result.
     make_executor: makes what trains the stacks, called as `LocalExecutor` is; None for that one.
     is_remote: whether workers are on other machines, so that this one's memory does not limit them.
+    only: indices of the proxies to train now, the others stay as they are; None for all.
+    retry_failed: train also those again, from step 0, that were trained without finite losses.
     """
 
     num_workers: int | None = None
@@ -47,6 +49,8 @@ class SweepOptions:
     checkpoint_seconds: float = CHECKPOINT_SECONDS
     make_executor: Callable[..., Executor] | None = None
     is_remote: bool = False
+    only: frozenset[int] | None = None
+    retry_failed: bool = False
 
     @property
     def workers(self) -> int:
@@ -65,13 +69,16 @@ def plan_stacks(
     table: MixtureTable,
     shards: ShardSet,
     options: SweepOptions,
+    first: int | None = None,
 ) -> list[StackJob]:
-    """Return new stacks with the mixtures that no stack of the ledger holds.
+    """Return new stacks with the mixtures that no stack of the ledger holds, where they are asked.
 
     A mixture that stands in the table before is a replicate: it gets seeds of its own.
+    first: number of the first new stack, None for the next one that the ledger has not.
     """
     refuse_other_pools(study, ledger)
     known = {row.index: row.weights for row in ledger.proxies()}
+    unplanned = _unplanned(ledger, options)
     available = set(shards.domains("train"))
     members = []
     times_seen: Counter[bytes] = Counter()
@@ -85,14 +92,16 @@ def plan_stacks(
                 f"{study.mixtures_path}: domain '{unknown[0]}' is not in the corpus {shards.path}",
                 cure="Remove its column, or pack a corpus that has it",
             )
-        if index not in known:
+        if index not in known or index in unplanned:
             members.append(study_member(study, str(index), mixture, replicate))
         elif known[index] != mixture:
             raise StudyError(
                 f"{study.mixtures_path}: mixture {index} is not the one its proxy was trained on",
                 cure="Restore the row, or give the new mixture an index of its own",
             )
-    members += scheduled_members(study, ledger)
+    members += scheduled_members(study, ledger, unplanned)
+    if options.only is not None:
+        members = [member for member in members if int(member.name) in options.only]
     placement = None
     if options.gpus and members:
         placement = place_like(
@@ -109,9 +118,8 @@ def plan_stacks(
         stack_size=options.stack_size,
         largest=placement.stack_size if placement else LARGEST_STACK,
     )
-    first = ledger.num_stacks()
     jobs = []
-    for number, stack in enumerate(stacks, start=first):
+    for number, stack in enumerate(stacks, start=first or ledger.next_stack_number()):
         name = f"stack-{number:04d}"
         proxies = stack_job(study, name, tuple(stack), study.config.proxy, options.threads)
         proxies = dataclasses.replace(proxies, pools=study.config.pools)
@@ -121,10 +129,44 @@ def plan_stacks(
     return jobs
 
 
-def scheduled_members(study: Study, ledger: LedgerReader) -> list[Member]:
-    """Return the proxies of `schedules.csv` that no stack of the ledger holds."""
+def _unplanned(ledger: LedgerReader, options: SweepOptions) -> frozenset[int]:
+    """Return proxies that were taken out before a stack held them, and are named now."""
+    if options.only is None or not options.retry_failed:
+        return frozenset()
+    return frozenset(
+        row.index for row in ledger.proxies() if row.stack is None and row.index in options.only
+    )
+
+
+def refuse_unknown(study: Study, indices: Collection[int]) -> dict[int, dict[str, float]]:
+    """Return the weights of every proxy of a study; `StudyError` where an index is none's."""
+    table = MixtureTable.read_csv(study.mixtures_path)
+    weights = {index: dict(table.mixture(row)) for row, index in enumerate(table.indices)}
+    if study.schedules_path.is_file():
+        scheduled = ScheduleTable.read_csv(study.schedules_path)
+        for position, index in enumerate(scheduled.indices):
+            segments = scheduled.named(position)
+            member = scheduled_member(study, str(index), segments, study.config.proxy.num_steps)
+            weights[index] = member.weights
+    for index in sorted(indices):
+        if index not in weights:
+            raise StudyError(
+                f"{study.path}: no proxy {index}",
+                cure=f"Name some of {min(weights)} to {max(weights)}, as mixtures.csv has them",
+            )
+    return weights
+
+
+def scheduled_members(
+    study: Study, ledger: LedgerReader, unplanned: Collection[int] = ()
+) -> list[Member]:
+    """Return the proxies of `schedules.csv` that no stack of the ledger holds.
+
+    unplanned: of those that were taken out before that, the ones to return all the same.
+    """
     if not study.schedules_path.is_file():
         return []
+    out = {row.index for row in ledger.proxies() if row.stack is None} - set(unplanned)
     known = {member.name: member for job in ledger.stacks() for member in job.members}
     table = ScheduleTable.read_csv(study.schedules_path)
     members = []
@@ -137,6 +179,8 @@ def scheduled_members(study: Study, ledger: LedgerReader) -> list[Member]:
                 cure="Restore the row",
             )
         member = scheduled_member(study, str(index), segments, study.config.proxy.num_steps)
+        if index in out:
+            continue
         if member.name not in known:
             members.append(member)
         elif known[member.name] != member:

@@ -52,7 +52,8 @@ def measure(table: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from regmix.data.shards import ShardSet
-    from regmix.swarm.engine import StackJob, StackTrainer
+    from regmix.swarm.engine import StackTrainer
+    from regmix.swarm.jobs import StackJob
 
     job = StackJob.from_table(table)
     training = dataclasses.replace(job.training, eval_every=None, eval_steps=None)

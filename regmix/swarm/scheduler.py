@@ -18,7 +18,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from regmix.swarm.engine import StackJob
+from regmix.swarm.jobs import StackJob
 from regmix.swarm.needs import job_gpu_bytes, job_host_bytes, job_tokens
 from regmix.swarm.places import Place
 

@@ -18,9 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from regmix.errors import StudyError
-from regmix.swarm.engine import StackJob, split_checkpoint
+from regmix.swarm.jobs import StackJob
 from regmix.swarm.ledger import Ledger
 from regmix.swarm.placement import smaller_micro_batch
+from regmix.swarm.resuming import split_checkpoint
 
 
 def replace_stack(ledger: Ledger, job: StackJob) -> tuple[Sequence[StackJob], str]:

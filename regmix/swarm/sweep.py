@@ -30,7 +30,6 @@ from regmix.provenance import environment_record
 from regmix.study import Study
 from regmix.swarm.cost import Cost, estimate
 from regmix.swarm.devices import device_remarks, refuse_without_gpus
-from regmix.swarm.engine import StackJob
 from regmix.swarm.events import (
     Done,
     Event,
@@ -45,6 +44,7 @@ from regmix.swarm.events import (
 )
 from regmix.swarm.executors import LocalExecutor
 from regmix.swarm.export import export
+from regmix.swarm.jobs import StackJob
 from regmix.swarm.ledger import Ledger
 from regmix.swarm.pace import Pace
 from regmix.swarm.planning import (

@@ -9,8 +9,8 @@ import math
 import time
 from collections.abc import Sequence
 
-from regmix.swarm.engine import StackJob
 from regmix.swarm.events import Done, Event, Failed, Progress, Replaced, Retired
+from regmix.swarm.jobs import StackJob
 from regmix.swarm.needs import job_tokens
 
 

@@ -29,21 +29,21 @@ import numpy as np
 
 from regmix.data.sampling.sampler import ORDER_VERSION
 from regmix.data.shards import ShardSet
-from regmix.errors import RegmixError
+from regmix.errors import ModelError, RegmixError
 from regmix.files import atomic_open, read_table
 from regmix.provenance import environment_record, processor
 from regmix.swarm.checkpoint import checkpoints, read_tensors, write_tensors
 from regmix.swarm.engine import (
-    CHECKPOINT_SECONDS,
     Listener,
-    StackJob,
     StackKeeper,
     StackResult,
     StackTrainer,
     StoppedError,
     member_parameters,
-    refuse_another_job,
 )
+from regmix.swarm.jobs import CHECKPOINT_SECONDS, StackJob
+from regmix.swarm.messages import result_problem
+from regmix.swarm.resuming import refuse_another_job
 
 RESULT_FILE = "result.json"
 BEAT_SECONDS = 2.0
@@ -84,6 +84,10 @@ def train_job(
     if done.is_file():
         table = read_table(done, "job", "losses", "failed", "evaluations", "seconds", "tokens")
         refuse_another_job(job, table["job"])
+        if problem := result_problem(table, job):
+            raise ModelError(
+                f"{done}: {problem}", cure="Remove that file to train the stack from its checkpoint"
+            )
         return table
     if shards is None:
         shards = ShardSet.open(job.shards)

@@ -13,7 +13,7 @@ from typing import Any
 from regmix.config import as_table, build
 from regmix.errors import ModelError
 from regmix.study import Training
-from regmix.swarm.engine import Member, MemberSegment
+from regmix.swarm.jobs import Member, MemberSegment
 
 PARALLEL = ("ddp", "fsdp")
 DTYPES = ("float32", "bfloat16")

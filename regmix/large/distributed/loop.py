@@ -43,7 +43,8 @@ from regmix.large.distributed.metrics import MetricsLog
 from regmix.large.distributed.optimizer import LargeAdamW
 from regmix.large.distributed.parallel import ParallelModel, Place
 from regmix.large.distributed.watch import LossWatch
-from regmix.swarm.engine import Member, StoppedError
+from regmix.swarm.engine import StoppedError
+from regmix.swarm.jobs import Member
 
 BATCHES_AHEAD = 4
 EVAL_SEQUENCES = 16
