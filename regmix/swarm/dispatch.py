@@ -64,6 +64,7 @@ class Dispatcher:
         self._executor, self._on_event, self._replace = executor, on_event, replace
         self._inbox: Inbox = queue.Queue()
         self._attempts: dict[str, Attempt] = {}
+        self._slots: dict[Worker, Slot] = {}
         self._why_retired = "none was given"
         self._ticked_at = self._able_at = executor.clock()
 
@@ -91,16 +92,28 @@ class Dispatcher:
             else:
                 self._leave(message["left"], message["why"])
             return
-        slot = self._slot_of(worker)
+        # A worker that was given up may still have had something to say.
+        slot = self._slots.get(worker)
         if slot is not None:
             self._handle(slot, message)
 
-    def _slot_of(self, worker: Worker) -> Slot | None:
-        for slot in self.scheduler.slots:
-            attempt = self._attempts.get(slot.place.id)
-            if attempt is not None and attempt.worker is worker:
-                return slot
-        return None
+    def _begin(self, slot: Slot) -> Attempt:
+        """Return the worker of a slot at the beginning of its job; it is started where needed."""
+        now = self._executor.clock()
+        attempt = self._attempts.get(slot.place.id)
+        if attempt is None:
+            attempt = Attempt(self._executor.start(slot.place), now)
+            self._attempts[slot.place.id] = attempt
+            self._slots[attempt.worker] = slot
+        attempt.begin(now)
+        return attempt
+
+    def _give_up(self, slot: Slot) -> Attempt | None:
+        """Listen to the worker of a slot no more."""
+        attempt = self._attempts.pop(slot.place.id, None)
+        if attempt is not None:
+            del self._slots[attempt.worker]
+        return attempt
 
     # Places
 
@@ -112,7 +125,7 @@ class Dispatcher:
         slot = self.scheduler.leave(place_id)
         if slot is None:
             return
-        attempt = self._attempts.pop(place_id, None)
+        attempt = self._give_up(slot)
         if attempt is not None:
             attempt.worker.kill()
         if slot.job is not None:
@@ -130,12 +143,7 @@ class Dispatcher:
         self._fail_stranded()
         for slot in self.scheduler.hand_out():
             assert slot.job is not None
-            now = self._executor.clock()
-            attempt = self._attempts.get(slot.place.id)
-            if attempt is None:
-                attempt = Attempt(self._executor.start(slot.place), now)
-                self._attempts[slot.place.id] = attempt
-            attempt.begin(now)
+            attempt = self._begin(slot)
             seconds = self._executor.checkpoint_seconds
             attempt.worker.send({"job": slot.job.to_table(), "checkpoint_seconds": seconds})
 
@@ -271,7 +279,8 @@ class Dispatcher:
 
     def _dismiss(self, slot: Slot) -> int | None:
         """Wait for the end of a worker that leaves, so that its GPU's memory is free again."""
-        attempt = self._attempts.pop(slot.place.id)
+        attempt = self._give_up(slot)
+        assert attempt is not None
         if slot.job is not None:
             self._tell_start(slot, attempt)
         return attempt.worker.wait()
@@ -347,7 +356,7 @@ class Dispatcher:
                 self._end_hung(slot, slot.job, attempt, why)
 
     def _end_hung(self, slot: Slot, job: StackJob, attempt: Attempt, why: str) -> None:
-        del self._attempts[slot.place.id]
+        self._give_up(slot)
         self._tell_start(slot, attempt)
         code = attempt.worker.kill()
         if code is None and slot.place.device != "cpu":
@@ -369,7 +378,7 @@ class Dispatcher:
                 worker, message = self._executor.receive(self._inbox, min(left, TICK_SECONDS))
             except queue.Empty:
                 continue
-            slot = None if worker is None else self._slot_of(worker)
+            slot = None if worker is None else self._slots.get(worker)
             if slot is not None:
                 self._take_last(slot, message)
         for slot in self._running():

@@ -58,8 +58,9 @@ class Scheduler:
         self._broke: defaultdict[str, set[str]] = defaultdict(set)
         self._unable: defaultdict[str, set[str]] = defaultdict(set)
         self._strikes: Counter[str] = Counter()
-        # Looking for what no place can take costs a walk over all that waits.
+        # Most messages change nothing for what waits; looking costs a walk over places or jobs.
         self._may_be_stranded = True
+        self._is_settled = False
 
     @property
     def slots(self) -> list[Slot]:
@@ -74,17 +75,23 @@ class Scheduler:
     def join(self, place: Place) -> Slot:
         """Use a place from now on."""
         slot = self._slots[place.id] = Slot(place)
-        self._may_be_stranded = True
+        self._unsettle()
         return slot
 
     def leave(self, place_id: str) -> Slot | None:
         """Forget a place; return its slot, with the job that ran there, if it was known."""
-        self._may_be_stranded = True
+        self._unsettle()
         return self._slots.pop(place_id, None)
+
+    def _unsettle(self) -> None:
+        self._may_be_stranded, self._is_settled = True, False
 
     def hand_out(self) -> list[Slot]:
         """Give every free slot a job that it can take; return the slots that got one."""
-        given = []
+        given: list[Slot] = []
+        if self._is_settled:
+            return given
+        self._is_settled = True
         for slot in self.slots:
             if slot.is_free and (job := self._take(slot)) is not None:
                 slot.job, slot.has_stepped = job, False
@@ -151,14 +158,14 @@ class Scheduler:
         if is_done:
             slot.struck.clear()
             self._strikes[slot.place.machine] = 0
-        slot.job = None
+        slot.job, self._is_settled = None, False
         self.num_remaining -= 1
 
     def replace(self, slot: Slot, parts: Sequence[StackJob]) -> None:
         """Let parts wait in the place of a slot's job, before all others."""
         slot.job = None
         self._waiting.extendleft(reversed(parts))
-        self._may_be_stranded = True
+        self._unsettle()
         self.num_remaining += len(parts) - 1
 
     def put_back(self, slot: Slot) -> None:
@@ -166,7 +173,7 @@ class Scheduler:
         assert slot.job is not None
         self._waiting.appendleft(slot.job)
         slot.job = None
-        self._may_be_stranded = True
+        self._unsettle()
 
     def bury(self, slot: Slot, first_step: int | None) -> bool:
         """Note the death of a worker whose attempt began at `first_step`; True: the job failed.
@@ -199,7 +206,8 @@ class Scheduler:
 
     def retire(self, slot: Slot) -> int:
         """Use a slot no more; return how many others of its device are left."""
-        slot.is_retired = self._may_be_stranded = True
+        slot.is_retired = True
+        self._unsettle()
         self.deaths.subtract(slot.struck)
         return sum(
             not other.is_retired and other.place.device == slot.place.device for other in self.slots
