@@ -10,13 +10,20 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+# A name from a file may be of any length; a path has at most 4096 bytes.
+_HEAD, _TAIL = 4500, 500
+_LONGEST_NAME, _MOST_NAMES = 100, 1000
+
 
 class RegmixError(Exception):
-    """A user's problem: `what` happened and where, and the `cure`."""
+    """A user's problem: `what` happened and where, and the `cure`.
+
+    Both are printable: what a file says in them cannot start a line or steer a terminal.
+    """
 
     def __init__(self, what: str, *, cure: str) -> None:
-        self.what = what.rstrip(".")
-        self.cure = cure.rstrip(".")
+        self.what = printable(what).rstrip(".")
+        self.cure = printable(cure).rstrip(".")
         super().__init__(f"{self.what}. {self.cure}.")
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -68,10 +75,20 @@ class ConstraintError(RegmixError):
     """The constraints on a mixture contradict each other."""
 
 
+def printable(text: str) -> str:
+    """Return a text on one line, what is not printable as its escape, cut where it is long."""
+    if len(text) > _HEAD + _TAIL:
+        text = f"{text[:_HEAD]} ... {text[-_TAIL:]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return a clause that names the nearest known word, or lists what is known."""
     options = sorted(known)
-    close = difflib.get_close_matches(name, options, n=1)
+    # The comparison takes the product of both lengths, for every word.
+    close = difflib.get_close_matches(name[:_LONGEST_NAME], options[:_MOST_NAMES], n=1)
     if close:
         return f"did you mean '{close[0]}'?"
     shown = ", ".join(options[:12]) + (", ..." if len(options) > 12 else "")

@@ -172,3 +172,10 @@ def test_numbers_are_shown_as_a_person_says_them() -> None:
     assert nearest("wab", ["web", "books"]) == "did you mean 'web'?"
     assert nearest("zzz", ["web", "books"]) == "known: books, web"
     assert issubclass(ConfigError, RegmixError)
+
+
+def test_an_error_is_one_line_that_steers_no_terminal() -> None:
+    error = ShardError("a\nb\x1b[2J\u202e\ud800.", cure="cut" + "t" * 10**6)
+    assert str(error).isprintable()
+    assert str(error).startswith(r"a\nb\x1b[2J\u202e\ud800. cut")
+    assert len(str(error)) < 6000
