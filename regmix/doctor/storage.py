@@ -7,14 +7,15 @@ token and writes nothing that stays.
 from __future__ import annotations
 
 import json
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from regmix.config import read_toml
 from regmix.display import size
 from regmix.doctor.disk import FolderFacts, look_at
 from regmix.doctor.findings import Finding, Request, Subject, note, ok, problem
+from regmix.errors import RegmixError
 
 GB = 1_000_000_000
 LEAST_BYTES, LITTLE_BYTES = GB // 2, 10 * GB
@@ -37,9 +38,9 @@ def study_settings(folder: Path) -> tuple[dict[str, Any] | None, str]:
     if not path.is_file():
         return None, ""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8")), ""
-    except (OSError, ValueError) as error:
-        return {}, f"{path}: {error}"
+        return read_toml(path), ""
+    except RegmixError as error:
+        return {}, error.what
 
 
 def shards_folder(folder: Path) -> Path | None:
