@@ -6,13 +6,12 @@ Leaves: where the ids lie. Nothing is unpickled.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
-import numpy as np
-
 from regmix.data.foreign.token_file import TokenFile, refuse, regular_size, token_file
+from regmix.data.npy import read_header
 
-NPY_MAGIC = b"\x93NUMPY"
 _RESTORE = "Restore the file, or save it again with numpy.save"
 
 
@@ -20,15 +19,10 @@ def read_npy(path: Path) -> TokenFile:
     """Return the layout of an array [N] or [N, T] in C order; rows follow each other."""
     size = regular_size(path)
     try:
-        with open(path, "rb") as stream:
-            version = np.lib.format.read_magic(stream)
-            if version == (1, 0):
-                shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-            else:
-                shape, fortran, dtype = np.lib.format.read_array_header_2_0(stream)
-            start = stream.tell()
-    except (ValueError, OSError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-        raise refuse(path, f"no .npy file ({str(error)[:100]})", cure=_RESTORE) from error
+        header = read_header(path)
+    except (ValueError, OSError) as error:
+        raise refuse(path, str(error), cure=_RESTORE) from error
+    shape, dtype, fortran = header.shape, header.dtype, header.fortran
     if len(shape) not in (1, 2) or (fortran and len(shape) == 2) or dtype.byteorder == ">":
         raise refuse(
             path,
@@ -36,8 +30,8 @@ def read_npy(path: Path) -> TokenFile:
             f"{'Fortran' if fortran else 'C'} order cannot be read in place",
             cure="Save the ids as one C-ordered little-endian array [N]",
         )
-    tokens = int(np.prod(shape, dtype=object))
-    return token_file(path, dtype.name, start=start, size=size, tokens=tokens)
+    tokens = math.prod(shape)
+    return token_file(path, dtype.name, start=header.start, size=size, tokens=tokens)
 
 
 def read_raw(path: Path, dtype: str, *, header_bytes: int) -> TokenFile:
