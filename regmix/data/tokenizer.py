@@ -46,13 +46,18 @@ class Tokenizer:
             ) from error
         if not vocabulary:
             raise TokenizerError(f"{where}: an empty vocabulary", cure="Name another tokenizer")
+        self.vocab_size = max(vocabulary.values()) + 1
+        if self.vocab_size > max(LARGEST_BPE, 4 * len(vocabulary)):
+            raise TokenizerError(
+                f"{where}: ids up to {self.vocab_size - 1:,} for {len(vocabulary):,} tokens",
+                cure="Name another tokenizer: models and the library hold a row for every id",
+            )
         # A file may ask to cut or to pad; a corpus keeps every token and adds none.
         self._backend.no_truncation()
         self._backend.no_padding()
         self.where = where
         self.text = text
         self.hash = xxhash.xxh3_64_hexdigest(text.encode())
-        self.vocab_size = max(vocabulary.values()) + 1
         self.separator = separator or SEPARATOR
         if self.separator not in vocabulary:
             special = self.added_tokens()
