@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from regmix.config import finite
 from regmix.errors import StudyError
 from regmix.files import read_json, read_text
 from regmix.large.scores import TaskScore, read_scores
@@ -206,6 +207,12 @@ def read_table(path: Path, *keys: str) -> dict[str, Any]:
 
 def _read_model(folder: Path) -> FinalModel:
     summary = read_table(folder / "summary.json", "name", "mixture")
+    replicate = summary.get("replicate", 0)
+    if not isinstance(replicate, int) or not finite(summary.get("tokens", 0)):
+        raise damaged(folder / "summary.json", "'replicate' or 'tokens' is no number")
+    for key in ("training", "member"):
+        if not isinstance(summary.get(key, {}), dict):
+            raise damaged(folder / "summary.json", f"'{key}' is not a table")
     evaluation_path = folder / "evaluation.json"
     evaluation: dict[str, Any] = {"targets": {}, "objective": {}}
     if evaluation_path.is_file():
@@ -215,12 +222,12 @@ def _read_model(folder: Path) -> FinalModel:
         losses = {target: float(row["loss_nats"]) for target, row in rows.items()}
         bits = {target: float(row.get("bits_per_byte", math.nan)) for target, row in rows.items()}
         objective = None if objective is None else float(objective)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise damaged(evaluation_path, f"no losses by target ({error!r})") from error
     return FinalModel(
         name=str(summary["name"]),
         mixture=str(summary["mixture"]),
-        replicate=int(summary.get("replicate", 0)),
+        replicate=replicate,
         folder=folder,
         training=dict(summary.get("training", {})),
         summary=summary,
@@ -234,6 +241,6 @@ def _read_model(folder: Path) -> FinalModel:
 def _read_curve(path: Path) -> np.ndarray:
     try:
         losses = [float(json.loads(line)["loss_nats"]) for line in read_text(path).splitlines()]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise damaged(path, f"not the losses of a model's steps ({error!r})") from error
     return np.array(losses)

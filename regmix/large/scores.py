@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from regmix.config import finite
 from regmix.errors import StudyError
 from regmix.files import read_table, write_json
 from regmix.provenance import environment_record
@@ -102,9 +103,7 @@ def _measures(table: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]
 
 def _finite(value: object) -> float | None:
     """Return a finite number, None for anything else: lm-eval writes `N/A`, and NaN."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return None
-    return float(value)
+    return float(value) if finite(value) else None
 
 
 def write_scores(folder: Path, scores: Iterable[TaskScore]) -> None:
@@ -123,7 +122,7 @@ def read_scores(folder: Path) -> tuple[TaskScore, ...]:
     rows = read_table(path, "scores")["scores"]
     try:
         return tuple(_score(row) for row in rows)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise StudyError(
             f"{path}: not the scores of a model ({error!r})",
             cure="Remove it, and run the tasks again: regmix-fast evaluate --tasks LIST",

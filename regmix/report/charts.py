@@ -10,8 +10,9 @@ import math
 
 import numpy as np
 
+from regmix.config import finite
 from regmix.report.decision_plots import gain_bars, tradeoff_scatter, weight_intervals
-from regmix.report.estimates import ByTarget, finite
+from regmix.report.estimates import ByTarget
 from regmix.report.facts import Facts
 from regmix.report.fit_plots import (
     exchange_rates,

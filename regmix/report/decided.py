@@ -13,16 +13,17 @@ from typing import Any
 
 import numpy as np
 
+from regmix.config import finite
 from regmix.large.comparison import damaged, read_table
 from regmix.report.estimates import (
     Estimate,
     Interval,
     entries,
     estimate,
-    finite,
     interval,
     number,
     table,
+    tables_in,
 )
 
 # What a prior is called that is not the corpus as it is.
@@ -83,10 +84,22 @@ def read_optimum(path: Path, prior: Mapping[str, float]) -> dict[str, Any]:
         raise damaged(path, "domains and weights are not lists")
     if len(domains) != len(weights):
         raise damaged(path, f"{len(domains)} domains and {len(weights)} weights")
-    if not all(finite(weight) for weight in weights):
-        raise damaged(path, "a weight is not a number")
+    if not all(isinstance(domain, str) for domain in domains) or len({*domains}) < len(domains):
+        raise damaged(path, "a domain is no name, or there twice")
+    if not all(finite(weight) and 0 <= weight <= 1 + _SAME_WEIGHT for weight in weights):
+        raise damaged(path, "a weight is not a number from 0 to 1")
     for key in ("gain_nats", "baselines", "predicted", "epochs", "better", "guard", "bounds"):
         table(found.get(key), path, key)
+    baselines = table(found.get("baselines"), path, "baselines")
+    tables_in(baselines, path, "baselines")
+    for entry in baselines.values():
+        given = (entry or {}).get("weights")
+        if given is not None and not (isinstance(given, list) and all(map(finite, given))):
+            raise damaged(path, "the weights of a baseline are no list of numbers")
+    if not finite(found.get("budget_tokens") or 0):
+        raise damaged(path, "'budget_tokens' is not a number")
+    if not isinstance(found.get("at_edge") or [], list):
+        raise damaged(path, "'at_edge' is not a list")
     return _with_natural(found, prior)
 
 

@@ -6,12 +6,12 @@ Enters: values read from JSON: a number (as older studies have them), [mean, low
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeVar
 
+from regmix.config import finite
 from regmix.large.comparison import damaged
 
 T = TypeVar("T")
@@ -38,11 +38,6 @@ class Estimate:
         return self.low is not None and self.high is not None and self.low <= 0 <= self.high
 
 
-def finite(value: Any) -> TypeGuard[float]:
-    """Return whether a value read from a file is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def number(value: Any) -> float | None:
     """Return a value as a number, None where it is none."""
     return float(value) if finite(value) else None
@@ -53,6 +48,12 @@ def table(value: Any, path: Path, key: str) -> dict[str, Any]:
     if not isinstance(value or {}, dict):
         raise damaged(path, f"'{key}' is not a table")
     return dict(value or {})
+
+
+def tables_in(value: Mapping[str, Any], path: Path, key: str) -> None:
+    """Raise `StudyError` unless every entry of a table is a table, or absent."""
+    for entry in value.values():
+        table(entry, path, key)
 
 
 def estimate(value: Any, path: Path, key: str) -> Estimate:

@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from regmix.config import finite
 from regmix.data.mixtures import MixtureTable, read_index_table
+from regmix.data.npy import read_numbers
 from regmix.decision.objective import make_objective
 from regmix.decision.tradeoffs import tradeoffs_path
 from regmix.large.comparison import (
@@ -30,7 +32,7 @@ from regmix.large.comparison import (
     read_table,
 )
 from regmix.report.decided import Decided, read_decided, read_optimum
-from regmix.report.estimates import Interval, finite
+from regmix.report.estimates import Interval, table, tables_in
 from regmix.report.fitted import Fitted, read_fitted
 from regmix.report.predictions import OBJECTIVE, Predictions, numbers, read_predictions
 from regmix.report.tradeoffs import Traded, read_traded
@@ -188,6 +190,14 @@ def read_facts(study: Study) -> Facts:
     predictions_path = study.surrogate_path / "predictions.csv"
     sweep_path = study.path / "sweep.json"
     fit = read_table(fit_path, "targets") if fit_path.is_file() else None
+    if fit is not None:
+        tables_in(table(fit["targets"], fit_path, "targets"), fit_path, "targets")
+        table(fit.get("choice"), fit_path, "choice")
+        dropped = fit.get("dropped") or []
+        if not isinstance(dropped, list) or not all(
+            isinstance(run, dict) and {"index", "reason"} <= run.keys() for run in dropped
+        ):
+            raise damaged(fit_path, "'dropped' is no list of runs")
     optimum = read_optimum(optimum_path, study.config.prior) if optimum_path.is_file() else None
     return Facts(
         study=study,
@@ -231,8 +241,8 @@ def _read_curves(folder: Path) -> dict[int, np.ndarray]:
         if not path.stem.isdecimal():
             continue
         try:
-            curve = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
+            curve = read_numbers(path)
+        except (ValueError, OSError) as error:
             raise damaged(path, f"not the losses of a proxy's steps ({error})") from error
         if curve.ndim == 1 and len(curve):
             curves[int(path.stem)] = curve

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from regmix.config import finite
 from regmix.decision.learning import CurvePoint, LearningCurve
 from regmix.large.comparison import damaged
-from regmix.report.estimates import ByTarget, by_target, entries, estimate, finite, number, table
+from regmix.report.estimates import ByTarget, by_target, entries, estimate, number, table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,7 @@ def _curve(value: Any, path: Path) -> LearningCurve | None:
             )
             for point in found["points"]
         )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise damaged(path, f"'learning_curve' has no points to draw ({error!r})") from error
     usable = (p for p in points if p.num_runs > 0 and finite(p.rmse_nats) and p.rmse_nats > 0)
     return LearningCurve(

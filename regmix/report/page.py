@@ -8,6 +8,7 @@ forbids it to load anything. Computes no result: `facts` reads them, `charts` pi
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def render_report(study: Study, *, made: str | None = None) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"nats": nats, "percent": percent, "gain": gain_words, "span": span}
-    return environment.get_template(TEMPLATE.name).render(
+    text = environment.get_template(TEMPLATE.name).render(
         facts=facts,
         made=made,
         name=study.path.name,
@@ -75,14 +76,27 @@ def render_report(study: Study, *, made: str | None = None) -> str:
         charts_json=Markup(script_json({name: _plain(chart) for name, chart in charts.items()})),
         plotly=Markup(_plotly()) if charts else "",
     )
+    # JSON can hold halves of characters, which no file of UTF-8 can.
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def script_json(value: Any) -> str:
     """Return JSON that can lie inside a script element: no text in it ends or opens one."""
-    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(
+        _without_nan(value), ensure_ascii=True, allow_nan=False, separators=(",", ":")
+    )
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
+
+
+def _without_nan(value: Any) -> Any:
+    """Return a value whose numbers are finite or None, which plotly leaves out."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plotly() -> str:

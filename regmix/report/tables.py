@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from regmix.config import finite
 from regmix.data.mixtures import coverage
 from regmix.display import count
 from regmix.large.comparison import display_order
-from regmix.report.estimates import finite
 from regmix.report.facts import Facts
 from regmix.report.predictions import OBJECTIVE
 from regmix.report.words import NONE, nats, percent, percent_span
@@ -68,7 +68,7 @@ def model_rows(facts: Facts) -> list[dict[str, Any]]:
     rows = []
     targets = facts.study.config.targets
     for model in sorted(facts.models, key=lambda m: (*display_order(m.mixture), m.replicate)):
-        member = model.summary.get("member", model.summary)
+        member = model.summary.get("member") or {}
         rows.append(
             {
                 "name": model.name,
@@ -143,7 +143,8 @@ def environments(facts: Facts) -> list[tuple[str, str]]:
         environment = table.get("environment")
         if not isinstance(environment, dict):
             continue
-        versions = environment.get("versions") or {}
+        versions = environment.get("versions")
+        versions = versions if isinstance(versions, dict) else {}
         words = [f"{package} {version}" for package, version in versions.items()]
         words.append(f"revision {environment.get('revision', 'unknown')}")
         words += [str(environment.get("system", "")), f"{environment.get('cores', '?')} cores"]

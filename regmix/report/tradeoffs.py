@@ -43,7 +43,7 @@ def read_traded(path: Path, optimum: Mapping[str, float]) -> Traded | None:
     found = read_table(path, "domains", "targets", "mixtures", "points", "payoff")
     try:
         traded = _traded(found, path)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise damaged(path, f"no trade-offs to draw ({error!r})") from error
     reference = next(iter(traded.named.values()), None)
     if reference is None:

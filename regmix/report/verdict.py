@@ -6,9 +6,10 @@ called measured only where models were trained; before that it is a prediction, 
 
 from __future__ import annotations
 
+from regmix.config import finite
 from regmix.display import count
 from regmix.report.decided import Decided
-from regmix.report.estimates import Estimate, finite
+from regmix.report.estimates import Estimate
 from regmix.report.facts import Facts
 from regmix.report.predictions import OBJECTIVE
 from regmix.report.words import change_words, error_words, joined, nats, signed, span

@@ -10,8 +10,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from regmix.config import finite
 from regmix.large.comparison import Gain
-from regmix.report.estimates import Estimate, Interval, finite
+from regmix.report.estimates import Estimate, Interval
 
 NONE = "–"
 
