@@ -253,6 +253,11 @@ def _check_domains(names: Sequence[str], known: Sequence[str], where: str) -> No
         raise MixtureError(f"{where}: no column for domain '{missing[0]}'", cure="Add the column")
 
 
+def is_count(text: str) -> bool:
+    """Return whether a cell is a whole number of 0 or more that 64 bits hold."""
+    return text.isdecimal() and len(text) <= 18
+
+
 def read_index_table(
     path: Path | str, *, unique: bool = True
 ) -> tuple[list[str], list[int], list[list[str]]]:
@@ -283,7 +288,7 @@ def read_index_table(
                 f"{where}: {len(cells)} cells under {len(header)} columns", cure="Correct the row"
             )
         text_index = cells[place].strip()
-        if not text_index.isdecimal() or len(text_index) > 18:
+        if not is_count(text_index):
             raise MixtureError(
                 f"{where}: index {text_index!r} is not a whole number", cure="Number the rows"
             )

@@ -19,6 +19,7 @@ import numpy as np
 from regmix.data.mixtures import (
     PREFIX,
     Mixture,
+    is_count,
     mixture_of,
     read_index_table,
     write_mixture_yaml,
@@ -180,7 +181,7 @@ class ScheduleTable:
             where = f"{path}, row {number} (index {index})"
             segments = found.setdefault(index, [])
             first = cells[place].strip()
-            if not first.isdecimal() or (int(first) != 0 and not segments):
+            if not is_count(first) or (int(first) != 0 and not segments):
                 raise MixtureError(
                     f"{where}: first step {first!r}", cure="A schedule's segments begin at step 0"
                 )

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from regmix.config import build
 from regmix.data.mixtures import MixtureTable
 from regmix.decision.active.acquisition import find_rule
 from regmix.decision.active.outlook import check_enough_to_look
@@ -45,6 +46,23 @@ class Round:
     expected_nats: tuple[float, ...]
     sd_nats: tuple[float, ...]
     indices: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _StoredRound(Round):
+    """A round as the file has it: also its domains [D] and weights [N][D]."""
+
+    domains: tuple[str, ...]
+    weights: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.expected_nats), len(self.sd_nats), len(self.indices)}
+        if lengths != {len(self.weights)} or not self.weights:
+            raise StudyError(
+                f"round {self.number} has {len(self.weights)} mixtures and other numbers of "
+                "indices or predictions",
+                cure="Restore rounds.json, or remove the round",
+            )
 
 
 def read_rounds(study: Study) -> tuple[Round, ...]:
@@ -102,11 +120,16 @@ def _append_stored(study: Study) -> None:
     entries = _entries(study)
     if not entries:
         return
-    last = entries[-1]
-    stored = MixtureTable(
-        tuple(last["domains"]), tuple(last["indices"]), np.array(last["weights"], dtype=np.float64)
-    )
+    last = build(_StoredRound, entries[-1], where=str(_path(study)))
     table = MixtureTable.read_csv(study.mixtures_path)
+    if set(last.domains) != set(table.domains) or any(
+        len(row) != len(last.domains) for row in last.weights
+    ):
+        raise StudyError(
+            f"{_path(study)}: round {last.number} is not of the domains of mixtures.csv",
+            cure="Restore the file, or remove the round",
+        )
+    stored = MixtureTable(last.domains, last.indices, np.array(last.weights, dtype=np.float64))
     present = [index for index in stored.indices if index in table.indices]
     if not present:
         table.extended(stored).write_csv(study.mixtures_path)
@@ -117,7 +140,7 @@ def _append_stored(study: Study) -> None:
             table.weights[table.indices.index(index)][columns], stored.weights[row]
         ):
             raise StudyError(
-                f"{study.mixtures_path}: mixture {index} is not that of round {last['number']} in "
+                f"{study.mixtures_path}: mixture {index} is not that of round {last.number} in "
                 f"{_path(study).name}",
                 cure=f"Restore the row, or remove the round from {_path(study)}",
             )
@@ -137,7 +160,10 @@ def _entries(study: Study) -> list[dict[str, Any]]:
             f"{table['version']!r}, this one reads {ROUNDS_VERSION})",
             cure="Use the version of regmix-fast that made it",
         )
-    return list(table["rounds"])
+    entries = table["rounds"]
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise StudyError(f"{_path(study)}: 'rounds' is no list of rounds", cure="Restore the file")
+    return list(entries)
 
 
 def _entry(number: int, request: ProposalRequest, proposed: Proposals) -> dict[str, Any]:
@@ -158,16 +184,8 @@ def _entry(number: int, request: ProposalRequest, proposed: Proposals) -> dict[s
 
 
 def _round(entry: dict[str, Any], path: Path) -> Round:
-    fields = Round.__dataclass_fields__
-    missing = [name for name in (*fields, "domains", "weights") if name not in entry]
-    if missing:
-        raise StudyError(
-            f"{path}: a round without '{missing[0]}'", cure="Restore the file, or remove the round"
-        )
-    values: dict[str, Any] = {name: entry[name] for name in fields}
-    for name, value in values.items():
-        values[name] = tuple(value) if isinstance(value, list) else value
-    return Round(**values)
+    stored = build(_StoredRound, entry, where=str(path))
+    return Round(**{name: getattr(stored, name) for name in Round.__dataclass_fields__})
 
 
 def told(made: Round) -> Iterable[str]:

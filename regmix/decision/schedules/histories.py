@@ -114,6 +114,11 @@ def _followed(study: Study, trajectories: Trajectories) -> tuple[tuple[str, ...]
     }
     if study.schedules_path.is_file():
         changing = ScheduleTable.read_csv(study.schedules_path)
+        if set(changing.domains) != set(table.domains):
+            raise LossTableError(
+                f"{study.schedules_path}: its domains are not those of {study.mixtures_path.name}",
+                cure="Restore mixtures.csv and schedules.csv",
+            )
         columns = [changing.domains.index(name) for name in table.domains]
         for index, segments in zip(changing.indices, changing.segments, strict=True):
             followed[index] = tuple((first, weights[columns]) for first, weights in segments)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from regmix.data.mixtures import read_index_table
+from regmix.data.mixtures import is_count, read_index_table
 from regmix.decision.objective import Objective
 from regmix.decision.regressors.registry import make_regressor
 from regmix.decision.runs import TARGET_PREFIX, TARGET_SUFFIX, DroppedRun, Runs
@@ -95,7 +95,7 @@ def read_trajectory_table(path: Path) -> Trajectories:
     for number, (index, cells) in enumerate(zip(indices, rows, strict=True), start=1):
         where = f"{path}, row {number} (index {index})"
         step = cells[place].strip()
-        if not step.isdecimal() or int(step) in by_proxy.get(index, {}):
+        if not is_count(step) or int(step) in by_proxy.get(index, {}):
             raise LossTableError(
                 f"{where}: step {step!r} is no number, or there twice",
                 cure="Have the table written again: regmix-fast proxies",
