@@ -114,7 +114,7 @@ class Writer:
         read_shape(folder)
         tokenizer = read_tokenizer(folder)
         shape, parameters = load_hugging_face(folder)
-        ends, start = _special_ids(folder)
+        ends, start = _special_ids(folder, shape.vocab_size)
         return cls(str(folder), shape, parameters, tokenizer, ends=ends, start=start, gpu=gpu)
 
     def encode(self, prompt: str | None) -> list[int]:
@@ -203,7 +203,7 @@ def choose(logits_V: np.ndarray, choice: Choice, random: np.random.Generator) ->
     return int(order[min(place, len(order) - 1)])
 
 
-def _special_ids(folder: Path) -> tuple[frozenset[int], int | None]:
+def _special_ids(folder: Path, vocab_size: int) -> tuple[frozenset[int], int | None]:
     """Return the ids that end a text and the one that starts it, as a checkpoint says."""
     table: dict[str, Any] = read_table(folder / "config.json")
     generation = folder / "generation_config.json"
@@ -215,4 +215,9 @@ def _special_ids(folder: Path) -> tuple[frozenset[int], int | None]:
     for number in (*ends, *([] if start is None else [start])):
         if isinstance(number, bool) or not isinstance(number, int):
             raise ModelError(f"{folder}: {number!r} is no token id", cure="Restore its config.json")
+    if start is not None and not 0 <= start < vocab_size:
+        raise ModelError(
+            f"{folder}: a text starts with token {start}, and the model knows {vocab_size}",
+            cure="Restore its config.json and its generation_config.json",
+        )
     return frozenset(ends), start

@@ -21,6 +21,7 @@ from regmix.model.presets import ModelShape
 
 # Logits that the loss holds at once, 256 MiB in float32.
 _LOGITS = 1 << 26
+_ROPE_ROWS = 4096  # of the rotary embedding, at first
 
 
 class KeyCache:
@@ -143,7 +144,8 @@ class LlamaForward:
     def _grow_rope(self, length: int) -> None:
         if len(self._cos_TR) < length:
             like = torch.empty(0, device=self._head_VD.device)
-            longer = max(length, self.shape.seq_len)
+            # Not for all of seq_len: a checkpoint may claim any number.
+            longer = max(length, min(self.shape.seq_len, _ROPE_ROWS), 2 * len(self._cos_TR))
             cos, sin = ops.rope_tables(longer, self.shape.head_dim, self.shape.rope_base, like)
             self._cos_TR, self._sin_TR = cos.t().contiguous(), sin.t().contiguous()
 

@@ -7,11 +7,14 @@ its parameters and its FLOPs. Holds no tensor and does not know how a model is t
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from regmix.errors import ModelError, nearest
 
 NEOX_VOCAB_SIZE = 50432
+# No model comes near these; a file with larger numbers would cost time and memory to refuse later.
+_MOST_LAYERS, _LARGEST = 10_000, 1 << 31
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +47,9 @@ class ModelShape:
     def __post_init__(self) -> None:
         for name in ("num_layers", "width", "num_heads", "hidden", "vocab_size", "seq_len"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _require(self.rope_base > 1.0, "rope_base", self.rope_base, "above 1")
+            most = _MOST_LAYERS if name == "num_layers" else _LARGEST
+            _require(getattr(self, name) <= most, name, "a larger number", f"at most {most:,}")
+        _require(1.0 < self.rope_base < math.inf, "rope_base", self.rope_base, "above 1")
         _require(0.0 < self.norm_eps < 1.0, "norm_eps", self.norm_eps, "between 0 and 1")
         _require(
             self.width % (2 * self.num_heads) == 0,
