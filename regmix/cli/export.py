@@ -176,15 +176,23 @@ def _segment_of(study: Study, name: str, number: int) -> tuple[Mixture, str, dic
 
 def _known_epochs(study: Study, mixture: str, weights: Mixture) -> dict[str, float]:
     """Return epochs by domain for the budget that the optimum was found for; none before it."""
+    from regmix.config import finite
+    from regmix.errors import StudyError
     from regmix.files import read_table
 
     path = study.path / "optimum.json"
     if not path.is_file():
         return {}
     table = read_table(path)
-    if mixture == "optimum" and table.get("epochs"):
-        return {domain: float(epochs) for domain, epochs in table["epochs"].items()}
-    budget, available = table.get("budget_tokens"), study.config.available_tokens
+    known = table.get("epochs") or {}
+    budget, available = table.get("budget_tokens") or 0, study.config.available_tokens
+    if not isinstance(known, dict) or not all(map(finite, (*known.values(), budget))):
+        raise StudyError(
+            f"{path}: its epochs or its budget are no numbers",
+            cure="Find the optimum again: regmix-fast optimize",
+        )
+    if mixture == "optimum" and known:
+        return {domain: float(epochs) for domain, epochs in known.items()}
     if not budget:
         return {}
     return {d: w * budget / available[d] for d, w in weights.items() if available.get(d)}

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regmix.errors import ModelError, StorageError, nearest
+from regmix.errors import ModelError, StorageError, nearest, printable
 from regmix.files import (
     atomic_open,
     read_json,
@@ -187,7 +187,7 @@ def tokenizer_config(shape: ModelShape, separator: str) -> dict[str, Any]:
 def _cell(text: object) -> str:
     """Return text that stays inside one cell of a Markdown table."""
     escaped = str(text).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
-    return " ".join(escaped.split())
+    return printable(" ".join(escaped.split()))
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -197,7 +197,20 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def model_card(study: Study, shards: ShardSet, folder: Path, shape: ModelShape) -> str:
-    """Return `README.md`: what the model is, its mixture, its data and its losses."""
+    """Return `README.md`: what the model is, its mixture, its data and its losses.
+
+    Raises `ModelError` where the model's summary or evaluation is not one.
+    """
+    try:
+        return _card(study, shards, folder, shape)
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ModelError(
+            f"{folder}: its summary.json or evaluation.json is damaged ({error!r})",
+            cure="Restore the files, or train the model again",
+        ) from error
+
+
+def _card(study: Study, shards: ShardSet, folder: Path, shape: ModelShape) -> str:
     from regmix.display import count
 
     summary = read_json(folder / "summary.json")

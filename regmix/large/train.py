@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from regmix.config import as_table
+from regmix.config import as_table, finite
 from regmix.data.mixtures import Mixture, read_mixture_yaml
+from regmix.data.npy import read_numbers
 from regmix.data.sampling.sampler import ORDER_VERSION, MixtureSampler
 from regmix.data.sampling.sampler import Schedule as Dealt
 from regmix.data.schedules import Schedule, read_schedule_yaml
@@ -31,9 +32,9 @@ from regmix.large.evaluate import evaluation_table
 from regmix.provenance import environment_record
 from regmix.study import Study, Training
 from regmix.swarm.cost import Cost, estimate
-from regmix.swarm.engine import CHECKPOINT_SECONDS, Member, StackJob
 from regmix.swarm.events import Done, Event, Failed
 from regmix.swarm.executors import LocalExecutor, stack_jobs
+from regmix.swarm.jobs import CHECKPOINT_SECONDS, Member, StackJob
 from regmix.swarm.sweep import (
     LARGEST_STACK,
     Tally,
@@ -180,7 +181,7 @@ def budget_remarks(study: Study, names: Sequence[str], training: Training) -> li
     if isinstance(verdict, str) and verdict.startswith("keep"):
         remarks.append(f"The verdict on the optimum was: {verdict}")
     budget = table.get("budget_tokens")
-    if isinstance(budget, int | float) and training.tokens > 1.01 * budget:
+    if finite(budget) and training.tokens > 1.01 * budget:
         remarks.append(
             f"The optimum was found for {count(budget)} tokens and this run has "
             f"{count(training.tokens)}: its limit on epochs does not hold; find it again with "
@@ -317,8 +318,7 @@ def _collect(study: Study, shards: ShardSet, event: Done) -> list[str]:
             failures.append(f"{member.name}: its gradient or its validation loss is not finite")
             continue
         losses = dict(zip(event.job.targets, event.result["losses"][position], strict=True))
-        with storage_errors(folder):
-            curve = np.load(folder / f"{member.name}.npy", allow_pickle=False)
+        curve = _read_losses(folder / f"{member.name}.npy")
         write_json(target / "config.json", model_config(shards, training))
         write_json(target / "evaluation.json", evaluation_table(study, shards, losses))
         write_text(target / "metrics.jsonl", _metrics(curve, training))
@@ -333,6 +333,17 @@ def _collect(study: Study, shards: ShardSet, event: Done) -> list[str]:
         write_json(target / "summary.json", summary)
     shutil.rmtree(folder, ignore_errors=True)
     return failures
+
+
+def _read_losses(path: Path) -> np.ndarray:
+    """Return the training losses [S] that a worker left."""
+    try:
+        with storage_errors(path):
+            return read_numbers(path)
+    except ValueError as error:
+        raise ModelError(
+            f"{path}: {error}", cure="Remove its folder to train the stack again"
+        ) from error
 
 
 def model_config(shards: ShardSet, training: Training) -> dict[str, Any]:

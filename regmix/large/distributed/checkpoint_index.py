@@ -116,7 +116,7 @@ def _from_table(table: dict[str, Any]) -> Index:
     return Index(
         step=table["step"],
         tensors={
-            name: Outline(entry["dtype"], tuple(entry["shape"]))
+            name: Outline(str(entry["dtype"]), _sizes(entry["shape"]))
             for name, entry in table["tensors"].items()
         },
         shards=tuple(
@@ -124,7 +124,7 @@ def _from_table(table: dict[str, Any]) -> Index:
                 bytes=shard["bytes"],
                 xxh3_64=shard["xxh3_64"],
                 pieces={
-                    name: Box(tuple(piece["offset"]), tuple(piece["shape"]))
+                    name: Box(_sizes(piece["offset"]), _sizes(piece["shape"]))
                     for name, piece in shard["pieces"].items()
                 },
             )
@@ -134,11 +134,19 @@ def _from_table(table: dict[str, Any]) -> Index:
     )
 
 
+def _sizes(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(type(size) is int and size >= 0 for size in value):
+        raise ValueError(f"{value!r} are no sizes")
+    return tuple(value)
+
+
 def _check_cover(index: Index) -> None:
     """Raise `ValueError` unless a tensor's pieces are inside it and as large as it together."""
     boxes: dict[str, list[Box]] = {name: [] for name in index.tensors}
     for shard in index.shards:
         for name, box in shard.pieces.items():
+            if name not in boxes:
+                raise ValueError(f"a piece of '{name}', which is no tensor of it")
             boxes[name].append(box)
     for name, outline in index.tensors.items():
         total = whole(outline.shape)

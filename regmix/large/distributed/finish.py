@@ -75,7 +75,13 @@ def _summary(
 
 
 def _curve(job: TrainJob, text: str) -> np.ndarray:
-    losses = [float(json.loads(line)["loss_nats"]) for line in text.splitlines()]
+    try:
+        losses = [float(json.loads(line)["loss_nats"]) for line in text.splitlines()]
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise StorageError(
+            f"{job.folder}/{FILE}: not the losses of a run's steps ({error!r})",
+            cure="Restore the file, or remove that folder to train again",
+        ) from error
     if len(losses) != job.training.num_steps:
         raise StorageError(
             f"{job.folder}/{FILE}: {len(losses)} steps, where the run has {job.training.num_steps}",

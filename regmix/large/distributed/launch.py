@@ -9,7 +9,6 @@ starts the ranks again where they died.
 from __future__ import annotations
 
 import contextlib
-import json
 import shlex
 import signal
 import subprocess
@@ -23,7 +22,7 @@ from typing import Any
 from regmix.errors import ModelError
 from regmix.files import storage_errors, write_json
 from regmix.large.distributed.job import TrainJob
-from regmix.large.distributed.metrics import FILE
+from regmix.large.distributed.metrics import FILE, numbers_of
 from regmix.large.distributed.plan import Plan
 from regmix.large.distributed.rank import LAUNCHED, OUTCOME_FILE, STOP_FILE, outcome
 from regmix.large.train import Recipe, is_trained, model_member
@@ -256,8 +255,8 @@ class _Follower:
         whole, newline, _ = text.rpartition(b"\n")
         self._place += len(whole) + len(newline)
         for line in whole.splitlines():
-            numbers = json.loads(line)
-            if numbers["step"] > self.step:
+            numbers = numbers_of(line)
+            if numbers is not None and numbers["step"] > self.step:
                 self.step = numbers["step"]
                 yield numbers
 

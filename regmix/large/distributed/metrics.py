@@ -6,7 +6,6 @@ with, and the numbers in TensorBoard or Weights & Biases where asked for. Judges
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import os
@@ -65,9 +64,20 @@ def _lines(path: Path) -> list[tuple[str, int]]:
     with storage_errors(path):
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for line in lines:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            found.append((line, int(json.loads(line)["step"])))
+        numbers = numbers_of(line)
+        if numbers is not None:
+            found.append((line, int(numbers["step"])))
     return found
+
+
+def numbers_of(line: str | bytes) -> dict[str, Any] | None:
+    """Return the numbers of a line of a record, None where it is torn or none."""
+    try:
+        table = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    fine = isinstance(table, dict) and type(table.get("step")) is int
+    return table if fine and isinstance(table.get("loss_nats"), int | float) else None
 
 
 def refuse_missing_trackers(trackers: Sequence[str]) -> None:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
-from regmix.errors import RegmixError, StudyError
+from regmix.errors import ModelError, RegmixError, StudyError
 from regmix.files import read_table, write_json
 from regmix.large.distributed.job import TrainJob
 
@@ -144,7 +144,15 @@ def failure_of(error: BaseException) -> RegmixError | None:
 def outcome(folder: Path) -> Mapping[str, Any] | None:
     """Return what the ranks of a run left where it did not come to its end; None for nothing."""
     path = folder / OUTCOME_FILE
-    return read_table(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    table = read_table(path)
+    failed = table.get("failed", {"what": "", "cure": ""})
+    if not isinstance(failed, dict) or not all(
+        isinstance(failed.get(name), str) for name in ("what", "cure")
+    ):
+        raise ModelError(f"{path}: damaged", cure="Remove it, and run the same command again")
+    return table
 
 
 def main() -> None:
