@@ -14,7 +14,7 @@ from pathlib import Path
 
 from regmix.data.found import FoundDomain, collect
 from regmix.errors import CorpusError
-from regmix.files import read_json, write_json
+from regmix.files import read_table, write_json
 from regmix.large.comparison import Gain, MixtureResult, compare_models, gains_of
 from regmix.study import Study
 
@@ -92,10 +92,11 @@ def collect_corpus(
     if not record.exists():
         found = collect(corpus, max_bytes_per_domain=size.max_bytes_per_domain)
         write_json(record, {name: _describe(domain) for name, domain in found.items()})
-    domains = read_json(record)
+    domains = read_table(record)
     for name, words in domains.items():
         say(f"   {name}: {words}")
-    usable = [name for name in domains if (corpus / f"{name}-0.jsonl").exists()]
+    there = {path.name for path in corpus.glob("*-0.jsonl")}
+    usable = [name for name in domains if f"{name}-0.jsonl" in there]
     if len(usable) < FEWEST_DOMAINS:
         raise CorpusError(
             f"only {len(usable)} kinds of text were found on this machine",

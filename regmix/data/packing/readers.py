@@ -282,7 +282,8 @@ def _raw_values(column: Any) -> Iterator[memoryview | str]:
 def damaged(source: Source, error: object) -> CorpusError:
     """Return the error of a file that cannot be read to its end."""
     return CorpusError(
-        f"{source.path} (domain '{source.domain}'): damaged or cut short ({error})",
+        f"{source.path} (domain '{source.domain}'): damaged or cut short "
+        f"({' '.join(str(error).split())})",
         cure="Copy or download the file again",
     )
 

@@ -9,12 +9,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from regmix.config import build
 from regmix.data.manifest import ShardStats, TokenizerRecord
 from regmix.data.packing.plan import PackPlan
 from regmix.data.packing.replacement import DROPPED, PACKING
 from regmix.data.shards import ShardSet
-from regmix.errors import StorageError
-from regmix.files import read_json
+from regmix.files import read_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,19 @@ class PackReport:
         return asdict(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Packing:
+    """What `packing.json` says."""
+
+    records: int | None = None
+    engine: str = "tokenizers"
+    engine_version: str = ""
+    engine_reason: str = ""
+    verified_documents: int = 0
+    verified_bytes: int = 0
+    dropped_examples: tuple[str, ...] = ()
+
+
 def make_report(
     shards: ShardSet,
     plan: PackPlan,
@@ -57,10 +70,12 @@ def make_report(
     """Return the report; `started` is the monotonic time at which packing began."""
     splits = shards.manifest.splits
     files = [f for domains in splits.values() for s in domains.values() for f in s.files]
-    try:
-        packing = read_json(shards.path / PACKING)
-    except StorageError:  # made by an older version
-        packing = {}
+    path = shards.path / PACKING
+    packing = _Packing()
+    if path.is_file():  # an older version made none
+        known, table = _Packing.__dataclass_fields__, read_table(path)
+        told = {name: table[name] for name in known if name in table}
+        packing = build(_Packing, told, where=str(path))
     dropped = shards.path / DROPPED
     return PackReport(
         path=str(shards.path),
@@ -70,13 +85,7 @@ def make_report(
         tokenizer=shards.manifest.tokenizer,
         dtype=shards.dtype,
         splits=splits,
-        records=packing.get("records"),
-        engine=packing.get("engine", "tokenizers"),
-        engine_version=packing.get("engine_version", ""),
-        engine_reason=packing.get("engine_reason", ""),
-        verified_documents=packing.get("verified_documents", 0),
-        verified_bytes=packing.get("verified_bytes", 0),
-        dropped_examples=tuple(packing.get("dropped_examples", ())),
+        **vars(packing),
         dropped_list=str(dropped) if dropped.is_file() else None,
         ignored=plan.ignored,
         source_bytes=plan.source_bytes,

@@ -238,7 +238,7 @@ class MixtureSampler:
         The steps before it must be those of this sampler; the segments after it may be others.
         Raises `MixtureError` where the state belongs to another order.
         """
-        step = state.get("step")
+        step = state.get("step") if isinstance(state, Mapping) else None
         if type(step) is not int or step < 0:
             raise MixtureError(
                 f"The data order was saved for step {step!r}",
