@@ -1,0 +1,75 @@
+"""Every reader of files that others may have made or changed: the table, and what a row says.
+
+- name: of the reader here, and of its test.
+- functions: where the package opens or parses the file. test_fuzz_inventory.py finds all such
+  places in the source, and fails where one is neither in this table nor exempt with a reason.
+- file: the valid file that is changed, in the folder that material.py makes.
+- form: json, toml, yaml or csv: its tree or its cells are changed, so that what comes after the
+  parser is reached too; bytes: bytes alone. Bytes are changed in every form.
+- sign: gives a changed tree the checksum that it asks for: a stranger can count one too.
+- read: what a command does with the file; where it succeeds, what was read is used as there.
+
+`read` may raise a `RegmixError`, and nothing else. The rows are in corpus_readers.py,
+study_readers.py and model_readers.py.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from material import Material
+
+Read = Callable[[Material], object]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One row of the table; see the module's docstring."""
+
+    name: str
+    functions: tuple[str, ...]
+    file: str
+    form: str
+    read: Read
+    sign: Callable[[Material, Any], bytes] | None = None
+    tree: Callable[[Material], Any] | None = None
+
+    def tree_of(self, files: Material) -> Any:
+        """The tree of the valid file."""
+        path = files.root / self.file
+        if self.tree is not None:
+            return self.tree(files)
+        text = path.read_text()
+        if self.form == "toml":
+            return tomllib.loads(text)
+        if self.form == "yaml":
+            import yaml
+
+            return yaml.safe_load(text)
+        return json.loads(text)
+
+
+READERS: list[Reader] = []
+
+
+def reader(
+    name: str,
+    functions: str | Iterable[str],
+    file: str,
+    form: str,
+    *,
+    sign: Callable[[Material, Any], bytes] | None = None,
+    tree: Callable[[Material], Any] | None = None,
+) -> Callable[[Read], Read]:
+    """Add a row to the table; the function decorated is its `read`."""
+    places = (functions,) if isinstance(functions, str) else tuple(functions)
+
+    def add(read: Read) -> Read:
+        READERS.append(Reader(name, places, file, form, read, sign, tree))
+        return read
+
+    return add
