@@ -132,7 +132,8 @@ def held(
                 raise _in_use(lock.parent, str(owner) if owner else f"process {pid or '?'}")
             sleep(POLL_SECONDS)
         _wait_for_lease(lease, deadline, lease_seconds, clock, sleep)
-        with storage_errors(lock):
+        # For people; the lease says the same.
+        with contextlib.suppress(OSError):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         with _renewed(lease):

@@ -152,6 +152,7 @@ class Study:
         self.lock_path = path / ".lock"
         self.lease_path = path / ".lease"
         self.progress_path = path / "progress.json"
+        self.stop_path = path / ".stop"
         self.surrogate_path = path / "surrogate"
         self.optimum_path = path / "optimum.yaml"
         self.reused_path = path / "reused.yaml"

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from regmix.cli.engines import engine_options
 from regmix.cli.proposing import proposal_options
+from regmix.cli.proxy_selection import selection_options
 from regmix.cli.training import TrainingDisplay, running_options
 
 if TYPE_CHECKING:
+    from regmix.decision.active.proposals import ProposalRequest
     from regmix.study import Study
     from regmix.swarm.sweep import SweepOptions, SweepResult
-
-_OF_ROUNDS = ("per_round", "rule", "seed", "target_tokens", "max_epochs")
 
 
 @click.command()
@@ -55,6 +57,8 @@ _OF_ROUNDS = ("per_round", "rule", "seed", "target_tokens", "max_epochs")
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of proposals."
 )
+@selection_options
+@engine_options
 @running_options
 def command(
     study: str | None,
@@ -67,6 +71,13 @@ def command(
     max_epochs: float,
     target_tokens: str | None,
     seed: int,
+    only: str | None,
+    retry_failed: bool,
+    cancel: bool,
+    engine: str,
+    address: str | None,
+    shard_cache: Path | None,
+    scratch: Path | None,
     workers: int | None,
     gpus: int | None,
     checkpoint_seconds: float,
@@ -80,61 +91,95 @@ def command(
       regmix-fast proxies study --workers 2
       regmix-fast proxies study --gpus 8
       regmix-fast proxies study --rounds 5 --per-round 8
+      regmix-fast proxies study --retry-failed
+      regmix-fast proxies study --cancel
     """
-    from regmix.cli.proposing import request_of, show_round
-    from regmix.decision.active.rounds import read_rounds, train_in_rounds
-    from regmix.errors import ConfigError, RegmixError
+    from regmix.cli import proxy_selection
+    from regmix.cli.engines import open_engine
+    from regmix.cli.proposing import request_of
     from regmix.study import Study, find_study
-    from regmix.swarm.gpus import find_gpus
     from regmix.swarm.sweep import SweepOptions
 
-    if micro_batch is not None and gpus is None:
-        raise ConfigError(
-            "--micro-batch has no use without --gpus: the CPU takes the whole batch",
-            cure="Leave it out, or say how many GPUs to use: --gpus 1",
-        )
-    if rounds is None:
-        _refuse_without_rounds()
+    proxy_selection.refuse_contradictions()
     request = request_of(
         per_round, rule, seed=seed, target_tokens=target_tokens, max_epochs=max_epochs
     )
+    chosen = proxy_selection.parse_indices(only)
     opened = Study.open(find_study(study))
-    options = SweepOptions(
-        num_workers=workers,
+    if cancel:
+        proxy_selection.cancel(opened, chosen, name=study, as_json=as_json)
+        return
+    machines = open_engine(
+        engine,
+        address,
+        shard_cache,
+        scratch,
+        workers=workers,
+        gpus=gpus,
         threads=threads,
-        stack_size=stack_size,
-        micro_batch=micro_batch,
-        gpus=find_gpus(gpus) if gpus else (),
-        checkpoint_seconds=checkpoint_seconds,
+        logs=opened.logs_path,
     )
-    to_propose = max(0, (rounds or 0) - len(read_rounds(opened)))
+    with machines as parts:
+        options = SweepOptions(
+            threads=threads,
+            stack_size=stack_size,
+            micro_batch=micro_batch,
+            checkpoint_seconds=checkpoint_seconds,
+            only=chosen,
+            retry_failed=retry_failed,
+            **parts,
+        )
+        result = _run(opened, options, rounds or 0, request, dry_run=dry_run, as_json=as_json)
+    _tell(opened, result, study, as_json=as_json)
+
+
+def _run(
+    study: Study,
+    options: SweepOptions,
+    rounds: int,
+    request: ProposalRequest,
+    *,
+    dry_run: bool,
+    as_json: bool,
+) -> SweepResult:
+    """Train what is asked for, then the rounds that are missing."""
+    from regmix.cli.proposing import show_round
+    from regmix.decision.active.rounds import read_rounds, train_in_rounds
+
+    to_propose = max(0, rounds - len(read_rounds(study)))
     if to_propose:
-        _announce(opened, to_propose, per_round)
+        _announce(study, to_propose, request.num)
 
     def train() -> SweepResult:
-        return _train(opened, options, dry_run=dry_run, as_json=as_json)
+        return _train(study, options, dry_run=dry_run, as_json=as_json)
 
     if dry_run:
-        result = train()
-    else:
-        result = train_in_rounds(
-            opened,
-            rounds or 0,
-            request,
-            train=train,
-            on_round=lambda made: show_round(made, as_json=as_json),
-        )
+        return train()
+    return train_in_rounds(
+        study,
+        rounds,
+        request,
+        train=train,
+        on_round=lambda made: show_round(made, as_json=as_json),
+    )
+
+
+def _tell(study: Study, result: SweepResult, name: str | None, *, as_json: bool) -> None:
+    """Say what the study now has; raises `RegmixError` where that is not all that was asked."""
+    from regmix.decision.active.rounds import read_rounds
+    from regmix.errors import RegmixError
+
     if as_json:
-        made = [dataclasses.asdict(entry) for entry in read_rounds(opened)]
+        made = [dataclasses.asdict(entry) for entry in read_rounds(study)]
         click.echo(json.dumps({**vars(result), "rounds": made}))
     else:
-        paths = [opened.losses_path, opened.trajectories_path]
+        paths = [study.losses_path, study.trajectories_path]
         tables = ", ".join(str(path) for path in paths if path.is_file())
         click.echo(f"{result.num_done} proxies have their losses: {tables}")
         for line in result.remarks:
             click.echo(f"  {line}", err=True)
-        for name, why in result.failures:
-            click.echo(f"  {name}: {why}", err=True)
+        for what, why in result.failures:
+            click.echo(f"  {what}: {why}", err=True)
     if result.num_pending:
         raise RegmixError(
             f"{result.num_pending} proxies could not be trained",
@@ -143,10 +188,18 @@ def command(
     if result.num_failed:
         raise RegmixError(
             f"{result.num_failed} proxies failed",
-            cure="`fit --partial` goes on without them; the reasons are above and in logs/",
+            cure="`proxies --retry-failed` trains them again, `fit --partial` goes on without "
+            "them; the reasons are above and in logs/",
         )
-    if not as_json:
-        click.echo(f"Next: regmix-fast fit {study or ''}".rstrip())
+    if as_json:
+        return
+    command = f"proxies {name or ''}" if result.num_left else f"fit {name or ''}"
+    if result.num_left:
+        click.echo(f"{result.num_left} proxies wait that were not asked for")
+    elif result.num_cancelled:
+        click.echo(f"{result.num_cancelled} proxies are taken out: fit goes on with --partial")
+        command = f"{command.rstrip()} --partial"
+    click.echo(f"Next: regmix-fast {command}".rstrip())
 
 
 def _train(study: Study, options: SweepOptions, *, dry_run: bool, as_json: bool) -> SweepResult:
@@ -180,20 +233,3 @@ def _announce(study: Study, num_rounds: int, per_round: int) -> None:
         "from the proxies before",
         err=True,
     )
-
-
-def _refuse_without_rounds() -> None:
-    """Raise for an option of rounds that was given without them."""
-    from click.core import ParameterSource
-
-    from regmix.errors import ConfigError
-
-    context = click.get_current_context()
-    for option in context.command.params:
-        name = option.name or ""
-        given = context.get_parameter_source(name) is not ParameterSource.DEFAULT
-        if name in _OF_ROUNDS and given:
-            raise ConfigError(
-                f"{option.opts[0]} has no use without --rounds",
-                cure=f"Say how many rounds: --rounds 5, or leave {option.opts[0]} out",
-            )

@@ -180,7 +180,9 @@ class Ledger(LedgerReader):
     def queue(self, jobs: Iterable[StackJob]) -> None:
         """Let stacks wait again that could not be trained, or were taken out."""
         with self._transaction():
-            rows = self._db.execute("SELECT name FROM stacks WHERE state IN ('failed', 'cancelled')")
+            rows = self._db.execute(
+                "SELECT name FROM stacks WHERE state IN ('failed', 'cancelled')"
+            )
             names = {name for (name,) in rows}
             for job in jobs:
                 if job.name in names:
@@ -192,8 +194,7 @@ class Ledger(LedgerReader):
             for job in jobs:
                 self._add_stack(job, "retried")
                 self._db.executemany(
-                    "UPDATE proxies SET stack = ?, state = 'retried', error = NULL "
-                    "WHERE proxy = ?",
+                    "UPDATE proxies SET stack = ?, state = 'retried', error = NULL WHERE proxy = ?",
                     [(job.name, *key) for key in _keys(job)],
                 )
 

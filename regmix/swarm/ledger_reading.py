@@ -140,6 +140,10 @@ class LedgerReader:
         fields = ("name", "state", "reason", "seconds", "tokens")
         return [StackRow(**dict(zip(fields, row, strict=True))) for row in self._rows(query)]
 
+    def trained_stacks(self) -> set[str]:
+        """Return the names of the stacks whose training has ended, whatever came of it."""
+        return {name for (name,) in self._rows("SELECT name FROM stacks WHERE state = 'done'")}
+
     def num_stacks(self) -> int:
         """Return how many stacks there are."""
         return int(self._rows("SELECT count(*) FROM stacks")[0][0])
@@ -202,7 +206,7 @@ class LedgerReader:
             for proxy, losses in self.final_losses().items()
             if proxy not in without
         ]
-        _write_csv(path, ["index", *loss_columns(targets)], rows)
+        write_csv(path, ["index", *loss_columns(targets)], rows)
         return len(rows)
 
     def export_trajectories(self, path: Path, targets: Sequence[str]) -> None:
@@ -213,7 +217,7 @@ class LedgerReader:
             losses = json.loads(text)
             cells = (repr(losses[target]) if target in losses else "" for target in targets)
             rows.append([proxy, step, *cells])
-        _write_csv(path, ["index", "step", *loss_columns(targets)], rows)
+        write_csv(path, ["index", "step", *loss_columns(targets)], rows)
 
     def _evaluations(self) -> Iterator[tuple[int, int, str]]:
         yield from self._rows("SELECT proxy, step, losses FROM evaluations ORDER BY proxy, step")
@@ -228,7 +232,8 @@ def loss_columns(targets: Sequence[str]) -> list[str]:
     return [f"metric/{target}_val_loss" for target in targets]
 
 
-def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Write a table atomically; a float as Python's shortest text of it, None as nothing."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)

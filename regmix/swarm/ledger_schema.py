@@ -100,12 +100,17 @@ def reading_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.OperationalError as error:
-        if error.sqlite_errorname.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+        if _code(error).startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
             raise StorageError(
                 f"{path}: another process keeps the ledger busy",
                 cure="Wait until it ends, then run the command again",
             ) from error
-        if error.sqlite_errorname.startswith(("SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_PERM")):
+        if _code(error).startswith("SQLITE_IOERR"):
+            raise StorageError(
+                f"{path}: the ledger cannot be read ({error})",
+                cure="The disk reports errors: see the system's log, and copy the study elsewhere",
+            ) from error
+        if _code(error).startswith(("SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_PERM")):
             raise StorageError(
                 f"{path}: the ledger cannot be opened ({error})",
                 cure="Check the permissions of the file and of its folder",
@@ -113,6 +118,11 @@ def reading_errors(path: Path) -> Iterator[None]:
         raise damaged(path, str(error)) from error
     except (sqlite3.Error, ValueError, KeyError, TypeError) as error:
         raise damaged(path, str(error).splitlines()[0] if str(error) else "unreadable") from error
+
+
+def _code(error: sqlite3.Error) -> str:
+    # What Python's module finds itself, as text that is no UTF-8, has no code.
+    return str(getattr(error, "sqlite_errorname", ""))
 
 
 def damaged(path: Path, why: str) -> StudyError:
@@ -224,7 +234,7 @@ def _writing_errors(path: Path, what: str) -> Iterator[None]:
             cure="Free some space, check the permissions, then run the command again",
         ) from error
     except sqlite3.DatabaseError as error:
-        if error.sqlite_errorname.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
+        if _code(error).startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
             raise damaged(path, str(error)) from error
         raise
 
@@ -250,7 +260,7 @@ def _copied(path: Path) -> sqlite3.Connection:
                 db.execute("SELECT count(*) FROM sqlite_master").fetchone()
                 return _in_memory(db)
         except sqlite3.OperationalError as error:
-            if not error.sqlite_errorname.startswith(_NEEDS_RECOVERY):
+            if not _code(error).startswith(_NEEDS_RECOVERY):
                 raise
             refused = error
         # A writer was killed in a transaction. Its journal says how to take that back, for which

@@ -14,6 +14,7 @@ SHARE = 0.01
 class Pace:
     """Does something when it is due: at most every `least_seconds`, and for `SHARE` of the time.
 
+    is_wanted: set where there is something new; it is then done once it is due.
     What is done with all that a sweep has so far takes longer the more there is. After each stack
     it would grow with the square of their number; like this it stays a hundredth of the sweep.
     """
@@ -28,11 +29,6 @@ class Pace:
         self._action, self._least_seconds, self._clock = action, least_seconds, clock
         self._due = clock() if least_seconds == 0 else clock() + least_seconds
         self.is_wanted = False
-
-    def want(self) -> None:
-        """Say that there is something new; it is done once it is due."""
-        self.is_wanted = True
-        self.tick()
 
     def tick(self) -> None:
         """Do it now if it is wanted and due."""

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from regmix.data.mixtures import Mixture, MixtureTable
+from regmix.data.mixtures import Mixture, MixtureTable, read_index_table
 from regmix.data.schedules import ScheduleTable, mean_between
 from regmix.data.shards import ShardSet
 from regmix.errors import StudyError
@@ -119,7 +119,8 @@ def plan_stacks(
         largest=placement.stack_size if placement else LARGEST_STACK,
     )
     jobs = []
-    for number, stack in enumerate(stacks, start=first or ledger.next_stack_number()):
+    start = ledger.next_stack_number() if first is None else first
+    for number, stack in enumerate(stacks, start=start):
         name = f"stack-{number:04d}"
         proxies = stack_job(study, name, tuple(stack), study.config.proxy, options.threads)
         proxies = dataclasses.replace(proxies, pools=study.config.pools)
@@ -136,6 +137,14 @@ def _unplanned(ledger: LedgerReader, options: SweepOptions) -> frozenset[int]:
     return frozenset(
         row.index for row in ledger.proxies() if row.stack is None and row.index in options.only
     )
+
+
+def all_indices(study: Study) -> set[int]:
+    """Return the indices of a study's proxies, planned or not."""
+    indices = set(read_index_table(study.mixtures_path)[1])
+    if study.schedules_path.is_file():
+        indices |= set(read_index_table(study.schedules_path, unique=False)[1])
+    return indices
 
 
 def refuse_unknown(study: Study, indices: Collection[int]) -> dict[int, dict[str, float]]:

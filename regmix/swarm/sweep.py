@@ -18,14 +18,15 @@ import contextlib
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from regmix.data.mixtures import MixtureTable
 from regmix.data.sampling.sampler import ORDER_VERSION
-from regmix.errors import RegmixError, StudyError
+from regmix.errors import RegmixError, StorageError, StudyError
 from regmix.files import storage_errors, write_json
+from regmix.lease import read_lease
 from regmix.provenance import environment_record
 from regmix.study import Study
 from regmix.swarm.cost import Cost, estimate
@@ -42,7 +43,7 @@ from regmix.swarm.events import (
     Started,
     Stopped,
 )
-from regmix.swarm.executors import LocalExecutor
+from regmix.swarm.executors import Executor, LocalExecutor
 from regmix.swarm.export import export
 from regmix.swarm.jobs import StackJob
 from regmix.swarm.ledger import Ledger
@@ -50,14 +51,17 @@ from regmix.swarm.pace import Pace
 from regmix.swarm.planning import (
     LARGEST_STACK,
     SweepOptions,
-    located,
+    all_indices,
     plan_stacks,
     scheduled_member,
     scheduled_members,
     stack_job,
     study_member,
 )
+from regmix.swarm.progress import ProgressFile
+from regmix.swarm.selection import select
 from regmix.swarm.shrinking import replace_stack
+from regmix.swarm.stop_request import StopWatch
 from regmix.swarm.tally import Tally
 from regmix.swarm.worker import RESULT_FILE
 
@@ -78,6 +82,7 @@ __all__ = [
 ]
 
 BACKUP_SECONDS = 60.0
+PROGRESS_SECONDS = 1.0
 
 
 @dataclass
@@ -86,6 +91,7 @@ class SweepResult:
 
     num_failed: trained without finite losses; num_pending: their stack could not be trained.
     remarks: what happened on the way that a person should know, as of a GPU that was lost.
+    num_cancelled: taken out by the user; num_left: to be trained, but not what was asked for.
     """
 
     num_done: int
@@ -94,6 +100,8 @@ class SweepResult:
     trained_now: int
     failures: list[tuple[str, str]] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+    num_cancelled: int = 0
+    num_left: int = 0
 
 
 def run_sweep(
@@ -112,57 +120,104 @@ def run_sweep(
     with study.lock() as descriptor:
         refuse_lost_ledger(study)
         with Ledger(study.ledger_path) as ledger:
-            waiting = [located(study, job) for job in ledger.pending_stacks()]
-            books = _Books(study, ledger, keep={job.name for job in waiting})
-            refuse_without_gpus(waiting, options.gpus)
-            planned = plan_stacks(study, ledger, table, shards, options)
-            jobs = waiting + planned
+            selection = select(study, ledger, options)
+            books = _Books(study, ledger)
+            refuse_without_gpus(selection.jobs, options.gpus)
+            first = ledger.next_stack_number() + len(selection.again)
+            planned = plan_stacks(study, ledger, table, shards, options, first)
+            jobs = selection.jobs + planned
             if jobs:
-                cost = estimate(jobs, shards, num_workers=options.workers, gpus=options.gpus)
+                cost = estimate(
+                    jobs,
+                    shards,
+                    num_workers=options.workers,
+                    gpus=options.gpus,
+                    is_remote=options.is_remote,
+                )
                 stored = ledger.stacks() if planned else []
-                about = device_remarks(stored, waiting, planned, options.gpus)
+                about = device_remarks(stored, selection.jobs, planned, options.gpus)
                 tally = Tally(jobs, num_gpus=len(options.gpus))
                 on_start(dataclasses.replace(cost, remarks=(*cost.remarks, *about)), tally)
+                selection.store(ledger)
                 ledger.add_stacks(planned)
-                ledger.queue(waiting)
                 books.keep_copy()
+                with books.open(tally):
+                    executor = _executor(study, options, jobs, descriptor)
+                    executor.run(
+                        jobs,
+                        lambda event: books.enter(event, on_event),
+                        lambda job: replace_stack(ledger, job),
+                    )
+            return _result(study, ledger, options, jobs, books)
 
-                def handle(event: Event) -> None:
-                    tally.add(event)
-                    books.enter(event)
-                    on_event(event, tally)
 
-                make_executor = options.make_executor or LocalExecutor
-                executor = make_executor(
-                    num_workers=options.workers,
-                    threads=jobs[0].threads,
-                    logs=study.logs_path,
-                    inherited=descriptor,
-                    checkpoint_seconds=options.checkpoint_seconds,
-                    gpus=[gpu.id for gpu in options.gpus],
-                )
-                with books:
-                    executor.run(jobs, handle, lambda job: replace_stack(ledger, job))
-            export(study, ledger)
-            record_speed(study, ledger, options)
-            return _result(ledger, jobs, books)
+def _executor(
+    study: Study, options: SweepOptions, jobs: Sequence[StackJob], descriptor: int
+) -> Executor:
+    make_executor = options.make_executor or LocalExecutor
+    return make_executor(
+        num_workers=options.workers,
+        threads=jobs[0].threads,
+        logs=study.logs_path,
+        inherited=descriptor,
+        checkpoint_seconds=options.checkpoint_seconds,
+        gpus=[gpu.id for gpu in options.gpus],
+    )
 
 
 class _Books:
-    """Enters what happens into the ledger, and keeps the tables and the copy up to date."""
+    """Enters what happens into the ledger, and keeps tables, copy and progress up to date."""
 
-    def __init__(self, study: Study, ledger: Ledger, *, keep: set[str]) -> None:
+    def __init__(self, study: Study, ledger: Ledger) -> None:
         self.study, self.ledger = study, ledger
         self.remarks: list[str] = []
         # Folders of stacks that are done, but not yet in the copy.
-        self._settled = leftovers(study.stacks_path, "stack-*", keep=lambda p: p.name in keep)
-        self._tables = Pace(lambda: export(study, ledger))
-        self._copy = Pace(self.keep_copy, least_seconds=BACKUP_SECONDS)
+        unfinished = {row.name for row in ledger.stack_rows() if row.state != "done"}
+        self._settled = leftovers(
+            study.stacks_path, "stack-*", keep=lambda path: path.name in unfinished
+        )
         if self._settled:
             self.keep_copy()
 
-    def enter(self, event: Event) -> None:
-        """Store one event. What it speaks of is on disk."""
+    @contextlib.contextmanager
+    def open(self, tally: Tally) -> Iterator[None]:
+        """Keep the books of one run; at its end, however it comes, everything is written."""
+        lease = read_lease(self.study.lease_path)
+        token = lease.token if lease else ""
+        self._tally = tally
+        self._progress = ProgressFile(self.study.progress_path, token, tally)
+        self._paces = {
+            "tables": Pace(lambda: export(self.study, self.ledger)),
+            "copy": Pace(self.keep_copy, least_seconds=BACKUP_SECONDS),
+            "progress": Pace(self._progress.write, least_seconds=PROGRESS_SECONDS),
+        }
+        self._progress.write()
+        try:
+            with StopWatch(self.study.stop_path, token) as self._watch:
+                yield
+        except (KeyboardInterrupt, RegmixError):
+            # What ended the sweep is what the user must know, not what could not be written then.
+            with contextlib.suppress(RegmixError):
+                if self._paces["tables"].is_wanted:
+                    self._paces["tables"].now()
+                self.keep_copy()
+            raise
+        finally:
+            self._progress.remove()
+        self.keep_copy()
+
+    def enter(self, event: Event, on_event: Callable[[Event, Tally], None]) -> None:
+        """Store one event, and show it. What it speaks of is on disk."""
+        self._watch.raise_if_asked()
+        self._tally.add(event)
+        self._store(event)
+        self._progress.add(event)
+        self._paces["progress"].is_wanted = True
+        for pace in self._paces.values():
+            pace.tick()
+        on_event(event, self._tally)
+
+    def _store(self, event: Event) -> None:
         ledger = self.ledger
         match event:
             case Started():
@@ -177,8 +232,7 @@ class _Books:
             case Done():
                 collect(self.study, ledger, event)
                 self._settled.append(Path(event.job.folder))
-                self._tables.want()
-                self._copy.want()
+                self._paces["tables"].is_wanted = self._paces["copy"].is_wanted = True
             case Failed():
                 ledger.fail_stack(event.job, f"{event.what}. {event.cure}.")
             case Requeued():
@@ -193,8 +247,6 @@ class _Books:
                 self.keep_copy()
             case Retired() | Joined() | Left():
                 self.remarks.append(str(event))
-        self._tables.tick()
-        self._copy.tick()
 
     def keep_copy(self) -> None:
         """Copy the ledger; then the folders of the stacks that it has as done can go."""
@@ -203,36 +255,44 @@ class _Books:
             shutil.rmtree(folder, ignore_errors=True)
         self._settled = []
 
-    def __enter__(self) -> _Books:
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.keep_copy()
-        elif issubclass(kind, KeyboardInterrupt | RegmixError):
-            # What ended the sweep is what the user must know, not what could not be written then.
-            with contextlib.suppress(RegmixError):
-                if self._tables.is_wanted:
-                    self._tables.now()
-                self.keep_copy()
-
-
-def _result(ledger: Ledger, jobs: Sequence[StackJob], books: _Books) -> SweepResult:
-    failures = [
-        (row.name, row.reason or "") for row in ledger.stack_rows() if row.state == "failed"
+def _result(
+    study: Study, ledger: Ledger, options: SweepOptions, jobs: Sequence[StackJob], books: _Books
+) -> SweepResult:
+    """Write the tables, and return what the study now has."""
+    untrained = [(r.name, r.reason or "") for r in ledger.stack_rows() if r.state == "failed"]
+    try:
+        export(study, ledger)
+        record_speed(study, ledger, options)
+    except StorageError as error:
+        if not untrained:
+            raise
+        name, why = untrained[0]
+        raise StorageError(
+            f"{len(untrained)} stacks could not be trained (the first, {name}: {why}); then "
+            f"{error.what}",
+            cure=error.cure,
+        ) from error
+    rows, trained = ledger.proxies(), ledger.trained_stacks()
+    failed = [row for row in rows if row.state == "failed" and row.stack in trained]
+    ended = {row.index for row in failed}
+    waiting = [
+        row.index
+        for row in rows
+        if row.state not in ("done", "cancelled") and row.index not in ended
     ]
-    rows = ledger.proxies()
-    untrained = {name for name, _ in failures}
-    failed = [row for row in rows if row.state == "failed" and row.stack not in untrained]
-    failures += [(f"proxy {row.index}", row.error or "") for row in failed]
-    num_done = sum(row.state == "done" for row in rows)
+    asked = options.only
+    unplanned = all_indices(study).difference(row.index for row in rows)
+    num_pending = sum(asked is None or index in asked for index in waiting)
     return SweepResult(
-        num_done=num_done,
+        num_done=sum(row.state == "done" for row in rows),
         num_failed=len(failed),
-        num_pending=len(rows) - num_done - len(failed),
+        num_pending=num_pending,
         trained_now=sum(len(job.members) for job in jobs),
-        failures=failures,
+        failures=untrained + [(f"proxy {row.index}", row.error or "") for row in failed],
         remarks=books.remarks,
+        num_cancelled=sum(row.state == "cancelled" for row in rows),
+        num_left=len(waiting) - num_pending + len(unplanned),
     )
 
 
