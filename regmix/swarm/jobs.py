@@ -6,13 +6,26 @@ Enters and leaves: plain records that go through JSON. Trains nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 from regmix.config import as_table, build
+from regmix.errors import StudyError
 from regmix.study import Training
 
 # Between two checkpoints of a stack.
 CHECKPOINT_SECONDS = 15.0
+_LONGEST_NAME = 200
+
+
+def _check_name(name: str) -> None:
+    """Raise `StudyError` for a name that cannot be a file's: stored jobs may be of others."""
+    is_file_name = name not in ("", "..") and PurePath(name).name == name and name.isprintable()
+    if not is_file_name or len(name) > _LONGEST_NAME:
+        raise StudyError(
+            f"{name!r} cannot name a stack or a model",
+            cure="Do not use this study: it was made by hand",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +49,9 @@ class Member:
     data_seed: int
     init_seed: int
     segments: tuple[MemberSegment, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _check_name(self.name)
 
     @property
     def dealt(self) -> dict[str, float] | list[tuple[int, dict[str, float]]]:
@@ -68,6 +84,9 @@ class StackJob:
     device: str = "cpu"
     micro_batch: int | None = None
     pools: dict[str, int] | None = None
+
+    def __post_init__(self) -> None:
+        _check_name(self.name)
 
     def to_table(self) -> dict[str, Any]:
         """Return the job as plain tables, for JSON."""
