@@ -159,7 +159,7 @@ def _again(
         chosen = [m for m in job.members if failed.get(int(m.name)) == job.name]
         if chosen:
             largest = max(largest, len(job.members))
-            kind = dataclasses.replace(job, name="", folder="", members=())
+            kind = dataclasses.replace(job, name="alike", folder="", members=())
             for known, members in alike:
                 if known == kind:
                     members += chosen
