@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from regmix.data.shards import ShardSet
-from regmix.errors import ModelError, StorageError
+from regmix.errors import ModelError, ShardError, StorageError
 from regmix.model.fused.stack import FusedStack
 from regmix.study import Training
 from regmix.swarm.checkpoint import CheckpointWriter, checkpoints, load_newest
@@ -261,3 +262,28 @@ def test_jobs_of_before_there_were_devices_have_the_same_identity(job: StackJob)
     assert dataclasses.replace(job, device="cuda").identity()["device"] == "cuda"
     table = {k: v for k, v in job.to_table().items() if k != "device"}
     assert StackJob.from_table(table) == job
+
+
+def test_nothing_is_kept_of_a_corpus_that_was_written_to_meanwhile(
+    job: StackJob, tiny_shards_path: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "shards"
+    shutil.copytree(tiny_shards_path, copy)
+    shards = ShardSet.open(copy)
+    job = dataclasses.replace(job, shards=str(copy))
+    trainer = StackTrainer(job, shards)
+
+    def write_into_a_shard() -> bool:
+        if trainer.step == 3:
+            path = next(copy.glob("train/*.tokens"))
+            content = path.read_bytes()
+            with open(path, "r+b") as stream:
+                stream.seek(len(content) // 2)
+                stream.write(b"\0\0")
+        return False
+
+    with pytest.raises(ShardError, match="written to while it was read"):
+        trainer.run(should_stop=write_into_a_shard, checkpoint_seconds=0.0)
+    steps = [int(path.stem.split("-")[1]) for path in checkpoints(Path(job.folder))]
+    assert steps
+    assert max(steps) < 3

@@ -46,7 +46,7 @@ from regmix.data.writer import (
     header_bytes,
 )
 from regmix.errors import RegmixError, ShardError, nearest
-from regmix.files import checksum
+from regmix.files import checksum, storage_errors
 
 __all__ = [
     "MANIFEST",
@@ -140,6 +140,9 @@ class PackedFile:
 class ShardSet:
     """The tokens of one corpus by split and domain, for reading; made by `ShardSet.open`."""
 
+    # Every file and its state as it was opened.
+    _opened: Sequence[tuple[StoredFile, os.stat_result]] = ()
+
     def __init__(self, path: Path, manifest: Manifest, digest: str) -> None:
         self.path = path
         self.manifest = manifest
@@ -160,8 +163,31 @@ class ShardSet:
         shards = cls.read(path)
         if early := shards.early_damage():
             raise early[0].error()
-        check_ends(shards.every_file())
+        files = shards.every_file()
+        check_ends(files)
+        with storage_errors(path):
+            shards._opened = [(file, os.stat(file.path)) for file in files]
         return shards
+
+    def refuse_changes(self) -> None:
+        """Raise `ShardError` where a file was written to since these shards were opened.
+
+        Maps show what is written into their file, checked or not. A file that was replaced or
+        removed leaves them whole. Costs a stat of each file.
+        """
+        for file, opened in self._opened:
+            try:
+                now = os.stat(file.path)
+            except OSError:
+                continue
+            is_same = (now.st_dev, now.st_ino) == (opened.st_dev, opened.st_ino)
+            if is_same and (now.st_size, now.st_mtime_ns) != (opened.st_size, opened.st_mtime_ns):
+                raise ShardError(
+                    f"{file.path}: written to while it was read",
+                    cure="Let no other program write there, then run the same command again: the "
+                    "corpus is checked anew, and what was trained since the last checkpoint is not "
+                    "kept",
+                )
 
     @classmethod
     def read(cls, path: Path | str) -> ShardSet:
@@ -204,7 +230,7 @@ class ShardSet:
         if not inside:
             raise ShardError(
                 f"{self.path / MANIFEST}: the path {name!r} leaves the folder",
-                cure="Do not use this corpus: its manifest was made by hand",
+                cure="Do not use this corpus: it was made by hand",
             )
         return path
 

@@ -198,6 +198,7 @@ class StackTrainer:
             if not self.evaluations or self.evaluations[-1][0] != self.step:
                 self._save()
                 self.evaluations.append((self.step, self._evaluate()))
+            self.shards.refuse_changes()
         finally:
             self.close()
         return StackResult(
@@ -267,6 +268,8 @@ class StackTrainer:
         return max(EVAL_SEQUENCES, job.micro_batch or job.training.batch_size)
 
     def _save(self) -> None:
+        # Before it is stored: what was trained on tokens that changed must not be resumed.
+        self.shards.refuse_changes()
         tensors = self.stack.state()
         tensors["train_losses"] = torch.from_numpy(self.stack.losses(0, self.step).copy())
         for step, losses in self.evaluations:
