@@ -104,15 +104,15 @@ class TrainingDisplay:
         self._progress.__enter__()
 
     def on_event(self, event: Event, tally: Tally) -> None:
-        """Show how far it is, and say what happens to GPUs."""
+        """Show how far it is, and say what happens to workers, GPUs and machines."""
         from regmix.display import count
-        from regmix.swarm.events import Replaced, Retired
+        from regmix.swarm.events import Joined, Left, Replaced, Requeued, Retired
 
         assert self._progress is not None
         if isinstance(event, Replaced):
             # Above the live line: rich takes what is printed meanwhile.
             print(event.remark, file=sys.stderr, flush=True)
-        elif isinstance(event, Retired):
+        elif isinstance(event, Retired | Requeued | Joined | Left):
             print(event, file=sys.stderr, flush=True)
         in_use = {"GPUs": tally.num_gpus} if tally.num_gpus else {}
         self._progress.update(

@@ -66,6 +66,16 @@ class Requeued:
     outcome: str
     why: str
 
+    def __str__(self) -> str:
+        subject = {
+            "died": "its worker died",
+            "hung": "its worker hung",
+            "preempted": "its worker was taken away",
+            "lost": "its machine or GPU was lost",
+            "failed": "its machine could not train it",
+        }.get(self.outcome, self.outcome)
+        return f"stack {self.job.name}: {subject} ({self.why}); it goes on from its checkpoint"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stopped:
