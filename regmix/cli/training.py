@@ -106,14 +106,15 @@ class TrainingDisplay:
     def on_event(self, event: Event, tally: Tally) -> None:
         """Show how far it is, and say what happens to workers, GPUs and machines."""
         from regmix.display import count
+        from regmix.errors import printable
         from regmix.swarm.events import Joined, Left, Replaced, Requeued, Retired
 
         assert self._progress is not None
         if isinstance(event, Replaced):
             # Above the live line: rich takes what is printed meanwhile.
-            print(event.remark, file=sys.stderr, flush=True)
+            print(printable(event.remark), file=sys.stderr, flush=True)
         elif isinstance(event, Retired | Requeued | Joined | Left):
-            print(event, file=sys.stderr, flush=True)
+            print(printable(str(event)), file=sys.stderr, flush=True)
         in_use = {"GPUs": tally.num_gpus} if tally.num_gpus else {}
         self._progress.update(
             tally.tokens,
