@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from regmix.errors import StudyError
+from regmix.errors import StudyError, printable
 from regmix.files import atomic_open, storage_errors
 
 RENEW_SECONDS = 5.0
@@ -55,7 +55,7 @@ class Lease:
         return self.boot == boot_id()
 
     def __str__(self) -> str:
-        where = "" if self.is_of_this_machine else f" on {self.host}"
+        where = "" if self.is_of_this_machine else f" on {printable(self.host)}"
         return f"process {self.pid}{where}"
 
 

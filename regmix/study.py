@@ -120,6 +120,12 @@ class StudyConfig:
                 raise ConfigError(
                     f"{name} is {getattr(self, name)}", cure="Give a whole number of 0 or more"
                 )
+        if not all(0 <= share < math.inf for share in self.prior.values()):
+            raise ConfigError(
+                "the prior has a share below 0 or not finite", cure="Restore study.toml"
+            )
+        if any(tokens < 0 for tokens in self.available_tokens.values()):
+            raise ConfigError("available_tokens has a number below 0", cure="Restore study.toml")
         if (self.pools is None) != (self.target_tokens is None):
             raise ConfigError(
                 "pools and target_tokens belong together, and one of them is missing",

@@ -107,13 +107,14 @@ def _watch(study: Study) -> None:
 
     if sys.stdout.isatty():
         from rich.live import Live
+        from rich.text import Text
 
         from regmix.display import console
 
         with Live(console=console(), refresh_per_second=2, transient=False) as live:
             state = read_state(study)
             while True:
-                live.update("\n".join(_lines(state)))
+                live.update(Text("\n".join(_lines(state))))
                 if state.is_running is False:
                     return
                 time.sleep(WATCH_SECONDS)
@@ -121,6 +122,7 @@ def _watch(study: Study) -> None:
     last = ""
     while True:
         state = read_state(study)
+        # Numbers only: nothing that others wrote.
         line = _summary(state)
         if state.progress is not None:
             line += f"; {_speed(state)}"
@@ -138,7 +140,14 @@ def _print(state: SweepState) -> None:
         click.echo(line)
 
 
-def _lines(state: SweepState) -> Iterator[str]:
+def _lines(state: SweepState) -> list[str]:
+    """Return what a person sees; what others wrote into the study steers no terminal."""
+    from regmix.errors import printable
+
+    return [printable(line) for line in _told(state)]
+
+
+def _told(state: SweepState) -> Iterator[str]:
     from regmix.display import duration
 
     yield _summary(state)
