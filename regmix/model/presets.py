@@ -48,7 +48,8 @@ class ModelShape:
         for name in ("num_layers", "width", "num_heads", "hidden", "vocab_size", "seq_len"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
             most = _MOST_LAYERS if name == "num_layers" else _LARGEST
-            _require(getattr(self, name) <= most, name, "a larger number", f"at most {most:,}")
+            shown = min(getattr(self, name), 10**18)  # Python writes no number of many digits
+            _require(getattr(self, name) <= most, name, shown, f"at most {most:,}")
         _require(1.0 < self.rope_base < math.inf, "rope_base", self.rope_base, "above 1")
         _require(0.0 < self.norm_eps < 1.0, "norm_eps", self.norm_eps, "between 0 and 1")
         _require(
