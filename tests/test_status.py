@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from regmix.cli import cli
 from regmix.cli import status as status_command
 from regmix.data.shards import ShardSet
 from regmix.errors import ConfigError, StudyError
+from regmix.lease import LEASE_SECONDS
 from regmix.study import Study, Training
 from regmix.swarm.events import Failed, Requeued
 from regmix.swarm.jobs import StackJob
@@ -118,15 +120,31 @@ def test_watching_ends_with_the_sweep(study: Study, monkeypatch: pytest.MonkeyPa
     waits: list[float] = []
     monkeypatch.setattr(status_command.time, "sleep", waits.append)
     ended = read_state(study)
-    answers = iter([*states, states[-1], ended, ended, ended])
+    answers = iter([*states, ended, ended])
     monkeypatch.setattr("regmix.swarm.state.read_state", lambda _: next(answers))
     lines = shown(study, "--watch").splitlines()
-    assert len(waits) == 3
+    assert len(waits) == 2
     assert "3 running" in lines[0]
     assert "tokens/s" in lines[0]
     assert lines[2].startswith("6 proxies: 6 done")
-    # Nothing new is not said again.
-    assert len([line for line in lines if "running" in line]) == 2
+
+
+def test_watching_a_machine_that_says_nothing_more_ends(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pace, "tick", lambda pace: pace.now() if pace.is_wanted else None)
+    states = []
+
+    def becomes(job: StackJob) -> Any:
+        states.append(dataclasses.replace(read_state(study), is_running=None, renewals=7))
+        return None
+
+    run_sweep(study, FakeExecutor(becomes).options(stack_size=6))
+    waits: list[float] = []
+    monkeypatch.setattr(status_command.time, "sleep", waits.append)
+    monkeypatch.setattr("regmix.swarm.state.read_state", lambda _: states[0])
+    shown(study, "--watch")
+    assert 2 * LEASE_SECONDS < sum(waits) < 3 * LEASE_SECONDS
 
 
 def test_a_killed_sweep_is_not_said_to_run(study: Study, tmp_path: Path) -> None:

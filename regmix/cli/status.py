@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from regmix.swarm.state import SweepState
 
 WATCH_SECONDS = 2.0
+# Where lines stay, as in a log.
+PLAIN_WATCH_SECONDS = 10.0
 # Of each kind of failure; --json has all.
 SHOWN = 20
 
@@ -103,36 +105,40 @@ def _watch(study: Study) -> None:
     """Show the state until no sweep runs: live on a terminal, a line now and then elsewhere."""
     import sys
 
-    from regmix.swarm.state import read_state
-
     if sys.stdout.isatty():
         from rich.live import Live
         from rich.text import Text
 
         from regmix.display import console
 
-        with Live(console=console(), refresh_per_second=2, transient=False) as live:
-            state = read_state(study)
-            while True:
+        with Live(console=console(), refresh_per_second=2) as live:
+            for state in _states(study, WATCH_SECONDS):
                 live.update(Text("\n".join(_lines(state))))
-                if state.is_running is False:
-                    return
-                time.sleep(WATCH_SECONDS)
-                state = read_state(study)
-    last = ""
+        return
+    for state in _states(study, PLAIN_WATCH_SECONDS):
+        if state.progress is None:
+            _print(state)
+        else:
+            # Numbers only: nothing that others wrote.
+            click.echo(f"{_summary(state)}; {_speed(state)}")
+
+
+def _states(study: Study, seconds: float) -> Iterator[SweepState]:
+    """Yield the state now and then, until no sweep runs, or its machine has long said nothing."""
+    from regmix.lease import LEASE_SECONDS
+    from regmix.swarm.state import read_state
+
+    last, silent_seconds = None, 0.0
     while True:
         state = read_state(study)
-        # Numbers only: nothing that others wrote.
-        line = _summary(state)
-        if state.progress is not None:
-            line += f"; {_speed(state)}"
-        if line != last:
-            click.echo(line)
-        if state.is_running is False:
-            _print(state)
+        yield state
+        silent_seconds = silent_seconds + seconds if state.renewals == last else 0.0
+        last = state.renewals
+        if state.is_running is False or (
+            state.is_running is None and silent_seconds > 2 * LEASE_SECONDS
+        ):
             return
-        last = line
-        time.sleep(WATCH_SECONDS)
+        time.sleep(seconds)
 
 
 def _print(state: SweepState) -> None:

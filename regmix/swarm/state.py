@@ -14,7 +14,7 @@ from typing import Any
 from regmix.data.mixtures import read_index_table
 from regmix.errors import RegmixError
 from regmix.files import read_table
-from regmix.lease import is_held, read_lease
+from regmix.lease import Lease, is_held, read_lease
 from regmix.study import Study
 from regmix.swarm.ledger_reading import AttemptRow, LedgerReader, ProxyRow, StackRow
 from regmix.swarm.progress import SweepProgress, read_progress
@@ -32,7 +32,8 @@ class SweepState:
     untrained: (stack, proxies in it, why and what to do) of stacks that could not be trained.
     broken_off: (outcome, why, how often, where last) of attempts. progress: what a sweep said last
     of itself; None where it ended. is_running: whether its process lives; None where only time
-    can tell, on another machine. holder: whose process that is. expected_seconds: to the end, at
+    can tell, on another machine. holder: whose process that is; renewals: how often it has said so,
+    a number that grows while it lives. expected_seconds: to the end, at
     the speed of the last sweep or of the one that runs; None where nothing is known. problem: what
     is wrong with the study's ledger, or how the last sweep ended.
     """
@@ -47,6 +48,7 @@ class SweepState:
     progress: SweepProgress | None
     is_running: bool | None
     holder: str | None
+    renewals: int | None
     expected_seconds: float | None
     problem: str | None = None
 
@@ -92,7 +94,8 @@ def read_state(study: Study) -> SweepState:
         num_attempts=len(known.attempts),
         progress=progress,
         is_running=is_running,
-        holder=holder,
+        holder=None if holder is None else str(holder),
+        renewals=None if holder is None else holder.counter,
         expected_seconds=_expected_seconds(study, progress, num_left),
         problem=problem,
     )
@@ -123,15 +126,15 @@ def _read_ledger(study: Study) -> _Known:
     return _Known(proxies=[], stacks=[], attempts=[], remarks=[], problem=problem)
 
 
-def _sweep_of(study: Study) -> tuple[SweepProgress | None, bool | None, str | None]:
-    """Return what a sweep says of itself, whether it runs, and whose process it is."""
+def _sweep_of(study: Study) -> tuple[SweepProgress | None, bool | None, Lease | None]:
+    """Return what a sweep says of itself, whether it runs, and the lease that it holds."""
     progress, holder = read_progress(study.progress_path), read_lease(study.lease_path)
     if progress is None or holder is None or holder.token != progress.token:
         return None, False, None
     is_running = is_held(study.lock_path, study.lease_path)
     if is_running is False:
         return None, False, None
-    return progress, is_running, str(holder)
+    return progress, is_running, holder
 
 
 def _broken_off(attempts: Sequence[AttemptRow]) -> list[tuple[str, str, int, str]]:
