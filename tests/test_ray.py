@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fake_workers import MODULE, FakeWorkers, make_fake_workers
 from test_executors import ended, jobs_of
 
@@ -42,6 +43,7 @@ from regmix.swarm.events import (
 from regmix.swarm.executors import Executor
 from regmix.swarm.ray_cluster import Cluster, connect
 from regmix.swarm.ray_executor import RayExecutor
+from regmix.swarm.ray_gpus import find_ray_gpus
 from regmix.swarm.sweep import SweepOptions, run_sweep
 
 pytest.importorskip("ray", reason="needs Ray: pip install 'regmix-fast[ray]'")
@@ -251,6 +253,32 @@ def test_workers_that_die_or_hang_or_are_stopped_change_no_bit_on_nodes_with_own
     assert outcome(study) == local
 
 
+def test_a_worker_on_a_machine_that_is_taken_away_writes_a_checkpoint_first(
+    cluster: Cluster, tiny_shards_path: Path, tmp_path: Path
+) -> None:
+    study = new_study(tiny_shards_path, tmp_path / "study", 3000, num=1)
+    made = ray_executor(cluster, is_shared=False, scratch=tmp_path / "scratch")
+    told_at: list[int] = []
+
+    def disturb(event: Event) -> None:
+        if isinstance(event, Progress) and event.step and not told_at:
+            told_at.append(event.step)
+            (worker,) = own_workers()
+            stat = (Path("/proc") / str(worker) / "stat").read_text()
+            actor = int(stat.rpartition(")")[2].split()[1])
+            os.kill(actor, signal.SIGTERM)
+
+    # So rare that no other checkpoint is written on the way.
+    events = sweep(study, made, disturb, checkpoint_seconds=1000.0)
+    first, second = (event for event in events if isinstance(event, Started))
+    (left,) = (event for event in events if isinstance(event, Left))
+    assert node_of(left) == node_of(first) != node_of(second)
+    assert "about to be shut down" in left.why
+    assert second.step is not None
+    assert told_at[0] <= second.step < 3000
+    assert len(done_once(events)) == 1
+
+
 def test_work_is_given_to_gpus_that_ray_assigns_and_a_lost_one_is_retired(
     nodes: Any,
     cluster: Cluster,
@@ -261,6 +289,8 @@ def test_work_is_given_to_gpus_that_ray_assigns_and_a_lost_one_is_retired(
 ) -> None:
     workers.rule(lost=["1"], slow={"0": 0.2})
     node = nodes.add_node(num_cpus=0, num_gpus=2)
+    with pytest.raises(StudyError, match=r"--gpus 3: .* has 2 GPUs\. Use --gpus 2"):
+        find_ray_gpus(cluster, 3)
     jobs = [
         dataclasses.replace(job, shards=str(tiny_shards_path))
         for job in jobs_of(tiny_training, tmp_path)
@@ -274,6 +304,14 @@ def test_work_is_given_to_gpus_that_ray_assigns_and_a_lost_one_is_retired(
     assert {entry["gpu"] for entry in workers.given} == {"0", "1"}
     places = {event.worker for event in events if isinstance(event, Started)}
     assert places == {f"{node.node_id[:8]}/gpu-0", f"{node.node_id[:8]}/gpu-1"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine whose GPUs do not work")
+def test_a_gpu_that_does_not_work_is_named_with_its_node(nodes: Any, cluster: Cluster) -> None:
+    node = nodes.add_node(num_cpus=0, num_gpus=1)
+    with pytest.raises(StudyError, match=rf"GPU 0 of .*{node.node_id[:8]}\) does not work: .*CUDA"):
+        find_ray_gpus(cluster, 1)
+    nodes.remove_node(node)
 
 
 def fake_executor(cluster: Cluster, tmp_path: Path, **more: Any) -> RayExecutor:
@@ -326,6 +364,7 @@ from pathlib import Path
 from regmix.swarm.jobs import StackJob
 from regmix.swarm.ray_cluster import connect
 from regmix.swarm.ray_executor import RayExecutor
+from regmix.swarm.ray_gpus import find_ray_gpus
 address, table, logs = sys.argv[1:]
 executor = RayExecutor(
     connect(address), num_workers=1, threads=1, logs=Path(logs), worker_module="sleeper"

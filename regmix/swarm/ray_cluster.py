@@ -24,7 +24,7 @@ from regmix.errors import StudyError
 INSTALL = "pip install 'regmix-fast[ray]'"
 CONNECT_SECONDS = 10.0
 _START = (
-    "start one: `ray start --head` on this machine, then on the others what it prints; or name "
+    "Start one: `ray start --head` on this machine, then on the others what it prints; or name "
     "another with --address HOST:6379"
 )
 # An actor answers while it polls, is stopped, and carries files.

@@ -32,7 +32,7 @@ from regmix.swarm.ray_place import Hooks, RayPlace, RunNeeds
 
 TICK_SECONDS = 1.5
 # How long the start waits for more places once there is one, and for the first.
-MORE_SECONDS = 30.0
+MORE_SECONDS = 10.0
 FIRST_SECONDS = 180.0
 # How long jobs wait while no machine is there: a cluster may be starting others.
 PATIENCE_SECONDS = 600.0
@@ -160,6 +160,8 @@ class RayExecutor(Executor):
                 self._changed.wait(0.2)
             if not self._ready:
                 raise self._nothing_there()
+            if late := sum(place.place is None for place in self._places):
+                self._say(f"{late} more places take part once Ray has room and they are ready")
             self._is_open = True
             ready, self._ready = self._ready, []
         return ready
