@@ -244,3 +244,21 @@ def test_what_costs_more_is_done_less_often() -> None:
     now += 60.0
     pace.tick()
     assert not pace.is_wanted
+
+
+def test_a_coordinator_that_was_overtaken_ends_and_spoils_nothing(study: Study) -> None:
+    copies: list[bytes] = []
+
+    def becomes(job: StackJob) -> Any:
+        if job.name == "stack-0001":
+            # Another machine takes the study over while this one stands still.
+            with Ledger(study.ledger_path) as other:
+                assert [row.state for row in other.proxies()].count("retried") == 2
+            copies.append(study.ledger_path.read_bytes())
+        return None
+
+    with pytest.raises(StudyError, match="took the study over"):
+        run_sweep(study, FakeExecutor(becomes).options(stack_size=2))
+    assert [study.ledger_path.read_bytes()] == copies
+    result = run_sweep(study, FakeExecutor().options())
+    assert (result.num_done, result.num_pending) == (6, 0)
