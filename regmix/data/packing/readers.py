@@ -27,7 +27,8 @@ CHUNK_BYTES = 1 << 18
 BLOCK_BYTES = 1 << 20  # of text per block: 10 ms of work for an encoder
 # Fed to zstd at once: a block of 4 bytes can hold 128 KiB, so at most 32 MiB come out.
 ZSTD_STEP_BYTES = 1 << 10
-PARQUET_ROWS = 64  # read at once: a column of few distinct, long values unpacks to much more
+PARQUET_ROWS = 64  # read at once, at most
+PARQUET_BYTES = 64 << 20  # of text unpacked at once, but for a longer value
 DEFAULT_MAX_BYTES = 128_000_000  # a longer record is left out
 LONG_RECORD_BYTES = 16 << 20  # of which one at a time is read, whatever the number of files
 
@@ -197,12 +198,28 @@ def _parquet_blocks(
                     cure="Name the column with --text-field",
                 )
             rows = max(1, file.metadata.num_rows)
-            for batch in file.iter_batches(PARQUET_ROWS, columns=[text_field], use_threads=False):
+            at_once = _rows_at_once(file.metadata, text_field)
+            for batch in file.iter_batches(at_once, columns=[text_field], use_threads=False):
                 meter.num_bytes += source.num_bytes * len(batch) // rows
                 yield from gathered.add(batch.column(0), block_bytes)
         yield from gathered.flush()
     except (pyarrow.ArrowException, OSError) as error:
         raise damaged(source, error) from error
+
+
+def _rows_at_once(metadata: Any, text_field: str) -> int:
+    """Return how many rows may be unpacked at once: together no more than `PARQUET_BYTES`, or 1.
+
+    A value that a dictionary holds once is unpacked for every row: 28 kB can hold 100 of 30 MB. It
+    is never larger than all of its column in a row group is before compression.
+    """
+    largest = 1
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        columns = (group.column(place) for place in range(group.num_columns))
+        sizes = (c.total_uncompressed_size for c in columns if c.path_in_schema == text_field)
+        largest = max(largest, *sizes, 1)
+    return max(1, min(PARQUET_ROWS, PARQUET_BYTES // largest))
 
 
 class _Values:
