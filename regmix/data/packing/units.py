@@ -171,25 +171,40 @@ def read_frames(path: Path) -> Iterator[TokensFrame | DroppedFrame]:
     with storage_errors(path), open(path, "rb") as stream:
         while True:
             try:
-                table = json.loads(stream.readline())
-                parts = [stream.read(size) for size in table["sizes"]]
-                digest = xxhash.xxh3_64()
-                for part in parts:
-                    digest.update(part)
-                if digest.hexdigest() != table["xxh3"]:
-                    raise ValueError("a checksum differs")
-            except (ValueError, KeyError, TypeError) as error:
+                frame = _read_frame(stream, path.stat().st_size)
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 path.unlink()
                 raise StorageError(
                     f"{path}: damaged ({error}), probably when the machine went down",
                     cure="Run the same command again: this source file is encoded anew",
                 ) from error
-            if table["kind"] == "books":
+            if frame is None:
                 return
-            if table["kind"] == "dropped":
-                yield DroppedFrame([tuple(row) for row in json.loads(parts[0])])
-                continue
-            dtypes = [table["dtype"], *_DTYPES.values()]
-            arrays = [np.frombuffer(p, d) for p, d in zip(parts, dtypes, strict=True)]
-            arrays[-1] = arrays[-1].reshape(-1, 2)
-            yield TokensFrame(table["side"], table["first_line"], SideTokens(*arrays))
+            yield frame
+
+
+def _read_frame(stream: IO[bytes], most_bytes: int) -> TokensFrame | DroppedFrame | None:
+    """Return the next frame, None for the books; `ValueError` and its like where it is damaged."""
+    table = json.loads(stream.readline())
+    sizes = table["sizes"]
+    if not all(type(size) is int and 0 <= size <= most_bytes for size in sizes):
+        raise ValueError(f"parts of {sizes!r} bytes")
+    parts = [stream.read(size) for size in sizes]
+    digest = xxhash.xxh3_64()
+    for part in parts:
+        digest.update(part)
+    if digest.hexdigest() != table["xxh3"]:
+        raise ValueError("a checksum differs")
+    if table["kind"] == "books":
+        return None
+    if table["kind"] == "dropped":
+        rows = [
+            (int(line), str(s), str(r), str(words)) for line, s, r, words in json.loads(parts[0])
+        ]
+        return DroppedFrame(rows)
+    if table["side"] not in ("train", "valid") or type(table["first_line"]) is not int:
+        raise ValueError("its first line is none of a frame")
+    dtypes = [table["dtype"], *_DTYPES.values()]
+    arrays = [np.frombuffer(p, d) for p, d in zip(parts, dtypes, strict=True)]
+    arrays[-1] = arrays[-1].reshape(-1, 2)
+    return TokensFrame(table["side"], table["first_line"], SideTokens(*arrays))
