@@ -7,9 +7,10 @@ written whole. Reads no shard.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import xxhash
@@ -21,6 +22,9 @@ from regmix.files import read_text, write_text
 VERSION = 1
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = "regmix-fast shards"
+DOMAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+LONGEST_DOMAIN_NAME = 100
+_BY_HAND = "Do not use this corpus: its manifest was made by hand"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +144,7 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
         if not whole or xxhash.xxh3_64_hexdigest(_render(table).encode()) != digest:
             raise ShardError(f"{path}: its checksum does not fit: changed or damaged", cure=cure)
         manifest = build(Manifest, table, where=str(path))
+        _check_names(manifest, path)
         if manifest.dtype != dtype_for(manifest.tokenizer.vocab_size):
             raise ShardError(f"{path}: unknown token type '{manifest.dtype}'", cure=cure)
         return manifest, digest
@@ -147,3 +152,16 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
         raise ShardError(f"{path}: damaged ({error!r})", cure=cure) from error
     except (ConfigError, StorageError) as error:
         raise ShardError(error.what, cure=cure) from error
+
+
+def _check_names(manifest: Manifest, path: Path) -> None:
+    """Raise `ShardError` for a name that is no domain's, and for a path that leaves the folder."""
+    for split, domains in manifest.splits.items():
+        for domain in (split, *domains):
+            if not DOMAIN_NAME.fullmatch(domain) or len(domain) > LONGEST_DOMAIN_NAME:
+                raise ShardError(f"{path}: {domain!r} cannot name a domain", cure=_BY_HAND)
+    files = [file.path for d in manifest.splits.values() for s in d.values() for file in s.files]
+    for name in (manifest.tokenizer.file, *files):
+        relative = PurePosixPath(name)
+        if relative.is_absolute() or ".." in relative.parts or not name.isprintable():
+            raise ShardError(f"{path}: the path {name!r} leaves the folder", cure=_BY_HAND)

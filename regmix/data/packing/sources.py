@@ -12,18 +12,17 @@ from __future__ import annotations
 
 import fnmatch
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from regmix.data.manifest import DOMAIN_NAME, LONGEST_DOMAIN_NAME
 from regmix.errors import ConfigError, CorpusError
 from regmix.files import storage_errors
 
 FORMATS = {".jsonl": "lines", ".json": "lines", ".parquet": "parquet", ".txt": "text"}
 COMPRESSIONS = (".gz", ".zst")
 SIDES = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid"}
-DOMAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 DEFAULT_VALID_FRACTION = 0.03
 
 
@@ -50,7 +49,7 @@ class Sources:
 
 def check_domain(name: str) -> str:
     """Return a domain's name; `CorpusError` where it could not name a file."""
-    if not DOMAIN_NAME.fullmatch(name) or len(name) > 100:
+    if not DOMAIN_NAME.fullmatch(name) or len(name) > LONGEST_DOMAIN_NAME:
         raise CorpusError(
             f"'{name}' cannot name a domain",
             cure="Use letters, digits and _ . - (at most 100, not starting with . or -)",
