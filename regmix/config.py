@@ -7,6 +7,7 @@ that names the nearest known one. Does not decide any default: the dataclasses d
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 import reprlib
@@ -32,7 +33,7 @@ def build(kind: type[Config], values: Mapping[str, Any], *, where: str) -> Confi
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}: expected a table", cure="Write it as a table of settings")
     known = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     arguments: dict[str, Any] = {}
     for key, value in values.items():
         if key not in known:
@@ -51,6 +52,11 @@ def build(kind: type[Config], values: Mapping[str, Any], *, where: str) -> Confi
     if missing:
         raise ConfigError(f"{where}: missing setting '{missing[0]}'", cure="Add it")
     return kind(**arguments)
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
 
 
 def _convert(hint: Any, value: Any, *, where: str) -> Any:
@@ -73,6 +79,12 @@ def _convert(hint: Any, value: Any, *, where: str) -> Any:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where}: expected a table", cure="Write it as a TOML table")
         inner = typing.get_args(hint)[1]
+        for name in value:
+            if not str(name).isprintable():
+                raise ConfigError(
+                    f"{where}: the name {name!r} has characters that cannot be shown",
+                    cure="Rename it",
+                )
         return {str(k): _convert(inner, item, where=where) for k, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         try:

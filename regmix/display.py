@@ -11,15 +11,26 @@ import time
 from types import TracebackType
 from typing import Any
 
+from regmix.errors import printable
+
 PLAIN_INTERVAL_SECONDS = 10.0
 
 
 def console(stderr: bool = False) -> Any:
     """Return a rich console for tables and panels; plain text where there is no terminal."""
     from rich.console import Console
+    from rich.text import Text
+
+    class PlainConsole(Console):
+        """Shows every string as it is: names from files hold no markup and steer no terminal."""
+
+        def render_str(self, text: str, **options: Any) -> Text:
+            lines = map(printable, text.split("\n"))
+            return super().render_str("\n".join(lines), **options)
 
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else 100)
+    width = None if stream.isatty() else 100
+    return PlainConsole(stderr=stderr, highlight=False, markup=False, emoji=False, width=width)
 
 
 class Progress:
@@ -43,11 +54,11 @@ class Progress:
             self._live = RichProgress(
                 TextColumn("[bold]{task.description}"),
                 BarColumn(bar_width=24),
-                TextColumn("{task.fields[amount]}"),
+                TextColumn("{task.fields[amount]}", markup=False),
                 TimeElapsedColumn(),
                 TextColumn("eta"),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[words]}"),
+                TextColumn("{task.fields[words]}", markup=False),
                 console=console(stderr=True),
                 refresh_per_second=4,
             )
@@ -59,7 +70,8 @@ class Progress:
         """Show that `done` of `total` units are finished, with `fields` beside them."""
         if self._first_done is None:
             self._first_done = done
-        words = "  ".join(f"{name.replace('_', ' ')} {value}" for name, value in fields.items())
+        told = "  ".join(f"{name.replace('_', ' ')} {value}" for name, value in fields.items())
+        words = printable(told)
         amount = f"{done:,.0f}/{self.total:,.0f} {self.unit}"
         if self._live is not None:
             self._live.update(self._task, completed=done, amount=amount, words=words)

@@ -172,7 +172,6 @@ def _show(record: dict[str, Any], runs: Runs) -> None:
 
 
 def _show_scores(record: dict[str, Any]) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     from regmix.display import console
@@ -193,7 +192,7 @@ def _show_scores(record: dict[str, Any]) -> None:
         cells = _cells(numbers)
         if unseen:
             cells += _cells(unseen.get(name, unseen["objective"]))
-        table.add_row(escape(name), *cells)
+        table.add_row(name, *cells)
     console().print(table)
 
 

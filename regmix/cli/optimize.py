@@ -301,14 +301,13 @@ def _available(pairs: tuple[str, ...], study: Study | None) -> dict[str, float]:
 
 
 def _show(best: Optimum) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     from regmix.display import console
 
-    table = Table(title=f"Optimum for {escape(best.objective.name)}", title_justify="left")
+    table = Table(title=f"Optimum for {best.objective.name}", title_justify="left")
     others = [entry for entry in best.baselines if entry.name != "uniform"][:1]
-    headings = ["weight", "90% interval", *(escape(entry.name) for entry in others)]
+    headings = ["weight", "90% interval", *(entry.name for entry in others)]
     if best.epochs is not None:
         headings.append("epochs")
     table.add_column("domain")
@@ -321,14 +320,13 @@ def _show(best: Optimum) -> None:
         cells += [f"{entry.weights[name]:.2%}" for entry in others]
         if best.epochs is not None:
             cells.append(f"{best.epochs[name]:.2f}")
-        table.add_row(escape(name), *cells)
+        table.add_row(name, *cells)
     console().print(table)
     _show_gains(best)
     _show_terms(best)
 
 
 def _show_gains(best: Optimum) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     from regmix.display import console
@@ -341,7 +339,7 @@ def _show_gains(best: Optimum) -> None:
     for entry in best.baselines:
         interval = entry.gain_interval
         table.add_row(
-            escape(entry.name),
+            entry.name,
             f"{entry.loss:.4f}",
             f"{entry.gain:+.4f}",
             f"{interval.low:+.4f} to {interval.high:+.4f}",

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from regmix.errors import printable
+
 if TYPE_CHECKING:
     from regmix.data.manifest import ShardStats
     from regmix.data.packing.pack import PackPlan, PackReport
@@ -155,7 +157,8 @@ def _show_plan(plan: PackPlan) -> None:
         click.echo(f"Validation: {plan.valid_fraction:.1%} of the documents, chosen by their hash")
     if plan.ignored:
         shown = ", ".join(plan.ignored[:5]) + (", ..." if len(plan.ignored) > 5 else "")
-        click.echo(f"Not read, no documents of any domain: {len(plan.ignored)} files ({shown})")
+        words = f"{len(plan.ignored)} files ({printable(shown)})"
+        click.echo(f"Not read, no documents of any domain: {words}")
 
 
 def _show_report(report: PackReport) -> None:
@@ -216,6 +219,6 @@ def _show_dropped(report: PackReport) -> None:
             f"{sum(sums.values()):,} left out{f' ({left_out})' if left_out else ''}"
         )
     for example in report.dropped_examples[:NUM_SHOWN]:
-        click.echo(f"  {example}")
+        click.echo(f"  {printable(example)}")
     if report.dropped_list:
         click.echo(f"All (at most 1000 of a domain, split and reason): {report.dropped_list}")

@@ -95,7 +95,6 @@ def write_plan(path: Path, plan: SegmentPlan) -> None:
 
 def show_plan(plan: SegmentPlan) -> None:
     """Show the mixtures by segment, what they are predicted to gain, and the verdict."""
-    from rich.markup import escape
     from rich.table import Table
 
     from regmix.display import console
@@ -116,7 +115,7 @@ def show_plan(plan: SegmentPlan) -> None:
         cells = [f"{weight:.2%}" for weight in weights]
         if plan.epochs is not None:
             cells.append(f"{plan.epochs[name]:.2f}")
-        table.add_row(escape(name), *cells)
+        table.add_row(name, *cells)
     console().print(table)
     rank = "" if plan.spearman is None else f", Spearman {plan.spearman:.3f}"
     click.echo(

@@ -253,6 +253,15 @@ def _check_domains(names: Sequence[str], known: Sequence[str], where: str) -> No
         raise MixtureError(f"{where}: no column for domain '{missing[0]}'", cure="Add the column")
 
 
+def _shown_name(name: str, where: str) -> str:
+    """Return a name of a domain or of a column; `MixtureError` where it cannot be shown."""
+    if not name.isprintable():
+        raise MixtureError(
+            f"{where}: the name {name!r} has characters that cannot be shown", cure="Rename it"
+        )
+    return name
+
+
 def is_count(text: str) -> bool:
     """Return whether a cell is a whole number of 0 or more that 64 bits hold."""
     return text.isdecimal() and len(text) <= 18
@@ -273,7 +282,7 @@ def read_index_table(
         raise MixtureError(f"{path}: not a CSV table ({error})", cure="Write it again") from error
     if len(lines) < 2:
         raise MixtureError(f"{path}: no rows", cure="Give a header and at least one row")
-    header = [name.strip() for name in lines[0]]
+    header = [_shown_name(name.strip(), str(path)) for name in lines[0]]
     if "index" not in header:
         raise MixtureError(f"{path}: no column 'index'", cure="Add it: it names the runs")
     _check_unique(header, f"{path}: column")
@@ -321,7 +330,7 @@ def mixture_of(content: Any, *, normalise: bool = False, where: str) -> Mixture:
     for key, weight in train.items():
         if isinstance(key, int) and abs(key) > _LARGEST_WEIGHT:
             raise MixtureError(f"{where}: a domain is a number of many digits", cure="Name it")
-        name = str(key).removeprefix(PREFIX)
+        name = _shown_name(str(key), where).removeprefix(PREFIX)
         if name in weights:
             raise MixtureError(f"{where}: domain '{name}' appears twice", cure="Remove one of them")
         # PyYAML reads 1e-5 (no dot) as text, which _check_weight turns into the number.

@@ -210,6 +210,9 @@ def _read_model(folder: Path) -> FinalModel:
     replicate = summary.get("replicate", 0)
     if not isinstance(replicate, int) or not finite(summary.get("tokens", 0)):
         raise damaged(folder / "summary.json", "'replicate' or 'tokens' is no number")
+    for name in (summary["name"], summary["mixture"]):
+        if not isinstance(name, str) or not name.isprintable():
+            raise damaged(folder / "summary.json", f"{name!r} is no name")
     for key in ("training", "member"):
         if not isinstance(summary.get(key, {}), dict):
             raise damaged(folder / "summary.json", f"'{key}' is not a table")
@@ -225,8 +228,8 @@ def _read_model(folder: Path) -> FinalModel:
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise damaged(evaluation_path, f"no losses by target ({error!r})") from error
     return FinalModel(
-        name=str(summary["name"]),
-        mixture=str(summary["mixture"]),
+        name=summary["name"],
+        mixture=summary["mixture"],
         replicate=replicate,
         folder=folder,
         training=dict(summary.get("training", {})),

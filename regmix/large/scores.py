@@ -133,10 +133,13 @@ def _score(row: Mapping[str, Any]) -> TaskScore:
     error, limit = row.get("error"), row.get("limit")
     if not math.isfinite(float(row["value"])):
         raise ValueError(f"the value {row['value']}")
+    for name in (row["task"], row["metric"], *row["metrics"]):
+        if not isinstance(name, str) or not name.isprintable():
+            raise ValueError(f"{name!r} is no name")
     return TaskScore(
-        task=str(row["task"]),
+        task=row["task"],
         shots=int(row["shots"]),
-        metric=str(row["metric"]),
+        metric=row["metric"],
         value=float(row["value"]),
         error=None if error is None else float(error),
         higher_is_better=bool(row["higher_is_better"]),

@@ -26,7 +26,7 @@ from regmix.data.sampling.sampler import Schedule as Dealt
 from regmix.data.schedules import Schedule, read_schedule_yaml
 from regmix.data.shards import ShardSet
 from regmix.display import count
-from regmix.errors import MixtureError, ModelError, StudyError, nearest
+from regmix.errors import MixtureError, ModelError, StudyError, nearest, printable
 from regmix.files import atomic_open, read_table, storage_errors, write_json, write_text
 from regmix.large.evaluate import evaluation_table
 from regmix.provenance import environment_record
@@ -179,7 +179,7 @@ def budget_remarks(study: Study, names: Sequence[str], training: Training) -> li
         )
     verdict = table.get("verdict")
     if isinstance(verdict, str) and verdict.startswith("keep"):
-        remarks.append(f"The verdict on the optimum was: {verdict}")
+        remarks.append(f"The verdict on the optimum was: {printable(verdict)}")
     budget = table.get("budget_tokens")
     if finite(budget) and training.tokens > 1.01 * budget:
         remarks.append(

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from regmix.data.groups import Groups
 from regmix.data.mixtures import Mixture, read_mixture_yaml
 from regmix.data.shards import ShardSet, ShardStats
-from regmix.errors import RegmixError, StudyError, nearest
+from regmix.errors import RegmixError, StudyError, nearest, printable
 from regmix.files import read_table
 from regmix.study import Study
 
@@ -188,7 +188,7 @@ def _verdict(old: Study) -> list[str]:
     path = old.optimum_path.with_suffix(".json")
     verdict = read_table(path).get("verdict") if path.is_file() else None
     if isinstance(verdict, str) and verdict.startswith("keep"):
-        return [f"The verdict on the old optimum was: {verdict}"]
+        return [f"The verdict on the old optimum was: {printable(verdict)}"]
     return []
 
 
