@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,7 +116,8 @@ def read_schedule_yaml(path: Path | str) -> Schedule | None:
         share = entry.get("share") if isinstance(entry, dict) else None
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
             raise MixtureError(
-                f"{where}: its share is {str(share)[:40]!r}",
+                # A few bytes of YAML can stand for gigabytes of list.
+                f"{where}: its share is {reprlib.repr(share)[:40]}",
                 cure="Give the share of the run's tokens: a number above 0, at most 1",
             )
         segments.append(Segment(share=float(share), mixture=mixture_of(entry, where=where)))
