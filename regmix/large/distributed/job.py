@@ -63,6 +63,11 @@ class TrainJob:
     trackers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.name != self.member.name:  # a member's name is checked: it can be a file's
+            raise ModelError(
+                f"'{self.name}' cannot name a run of '{self.member.name}'",
+                cure="Remove the job's file, and run the command that wrote it again",
+            )
         for name, known in (("parallel", PARALLEL), ("dtype", DTYPES), ("device", ("cpu", "cuda"))):
             if getattr(self, name) not in known:
                 raise ModelError(
