@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import shutil
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import material
+import xxhash
 from material import Material
 from readers import Read, reader
+
+from regmix.errors import StorageError
 
 
 def read_whole_corpus(path: Path) -> None:
@@ -17,6 +25,9 @@ def read_whole_corpus(path: Path) -> None:
     from regmix.data.validation import read_windows
 
     shards = ShardSet.open(path)
+    for split in shards.splits:
+        for domain in shards.domains(split):
+            shards.lazy_arrays(split, domain)
     if shards.damage():
         return
     list(domain_rows(shards))
@@ -39,29 +50,18 @@ def read_whole_corpus(path: Path) -> None:
 
 # Corpora
 
-_CORPUS = (
-    "regmix.data.manifest:read_manifest",
-    "regmix.data.shards:PackedFile.ends_problem",
-    "regmix.data.shards:PackedFile.load",
-    "regmix.data.blocks:map_blocks.run",
-    "regmix.data.blocks:_map",
-    "regmix.data.blocks:map_stream",
-)
 
-
-@reader(
-    "manifest", _CORPUS[0], "shards/manifest.json", "json", sign=lambda _, t: material.sign_json(t)
-)
+@reader("manifest", "shards/manifest.json", "json", sign=lambda _, t: material.sign_json(t))
 def _manifest(files: Material) -> None:
     read_whole_corpus(files.shards)
 
 
-@reader("shard", _CORPUS[1:], "shards/train/web-0.tokens", "bytes")
+@reader("shard", "shards/train/web-0.tokens", "bytes")
 def _shard(files: Material) -> None:
     read_whole_corpus(files.shards)
 
 
-@reader("corpus tokenizer", "regmix.data.tokenizer:load_tokenizer", "shards/tokenizer.json", "json")
+@reader("corpus tokenizer", "shards/tokenizer.json", "json")
 def _corpus_tokenizer(files: Material) -> None:
     from regmix.data.tokenizer import load_tokenizer
 
@@ -71,32 +71,19 @@ def _corpus_tokenizer(files: Material) -> None:
     tokenizer.backend_text()
 
 
-@reader(
-    "bytes of tokens",
-    (
-        "regmix.data.foreign.token_bytes:token_byte_lengths",
-        "regmix.data.foreign.description:_separator",
-    ),
-    "foreign/tokenizer.json",
-    "json",
-)
+@reader("bytes of tokens", "foreign/tokenizer.json", "json")
 def _bytes_of_tokens(files: Material) -> None:
+    from regmix.data.foreign.description import describe
+
     read_whole_corpus(files.foreign)
     (files.foreign / "tokens.toml").rename(files.foreign / "aside")
     try:
-        from regmix.data.foreign.description import _separator
-
-        _separator(files.foreign / "tokenizer.json")
+        describe(files.foreign)
     finally:
         (files.foreign / "aside").rename(files.foreign / "tokens.toml")
 
 
-@reader(
-    "tokenizer of another trainer",
-    "regmix.data.formats:_load_backend",
-    "export/tokenizer.json",
-    "json",
-)
+@reader("tokenizer of another trainer", "export/tokenizer.json", "json")
 def _other_tokenizer(files: Material) -> None:
     from regmix.data.formats import measure_bytes_per_token
     from regmix.data.shards import ShardSet
@@ -104,7 +91,7 @@ def _other_tokenizer(files: Material) -> None:
     measure_bytes_per_token(ShardSet.open(files.shards), files.export / "tokenizer.json")
 
 
-@reader("packing.json", "regmix.data.packing.report:make_report", "shards/packing.json", "json")
+@reader("packing.json", "shards/packing.json", "json")
 def _packing(files: Material) -> None:
     from regmix.data.packing.plan import PackPlan
     from regmix.data.packing.report import make_report
@@ -120,12 +107,7 @@ def _packing(files: Material) -> None:
 # Token files of other programs
 
 
-@reader(
-    "tokens.toml",
-    ("regmix.config:read_toml", "regmix.data.foreign.description:read_description"),
-    "foreign/tokens.toml",
-    "toml",
-)
+@reader("tokens.toml", "foreign/tokens.toml", "toml")
 def _description(files: Material) -> None:
     from regmix.data.foreign.description import read_description, render
 
@@ -133,37 +115,17 @@ def _description(files: Material) -> None:
     read_whole_corpus(files.foreign)
 
 
-@reader(
-    "litpkds",
-    (
-        "regmix.data.foreign.litpkds:_num_padding",
-        "regmix.data.foreign.token_file:read_start",
-        "regmix.data.foreign.counting:count_tokens.count",
-        "regmix.data.foreign.entry:ForeignFile.block_problem",
-        "regmix.data.foreign.token_set:_windows",
-    ),
-    "foreign/train_web_0000000000.bin",
-    "bytes",
-)
-@reader(
-    "megatron index",
-    ("regmix.data.foreign.megatron:read_megatron", "regmix.data.foreign.megatron:read_offsets"),
-    "foreign/code_text_document.idx",
-    "bytes",
-)
-@reader("megatron ids", (), "foreign/code_text_document.bin", "bytes")
-@reader("npy", "regmix.data.foreign.raw_tokens:read_npy", "foreign/legal.npy", "bytes")
-@reader("raw ids", (), "foreign/plain.tokens", "bytes")
+@reader("litpkds", "foreign/train_web_0000000000.bin", "bytes")
+@reader("megatron index", "foreign/code_text_document.idx", "bytes")
+@reader("megatron ids", "foreign/code_text_document.bin", "bytes")
+@reader("npy", "foreign/legal.npy", "bytes")
+@reader("raw ids", "foreign/plain.tokens", "bytes")
 def _foreign(files: Material) -> None:
     read_whole_corpus(files.foreign)
 
 
 @reader(
     "recorded checksums",
-    (
-        "regmix.data.foreign.checksums:read_checksums",
-        "regmix.data.foreign.checksums:ends_digest",
-    ),
     "foreign-recorded/tokens.checksums.json",
     "json",
     sign=lambda _, t: material.sign_json(t),
@@ -192,28 +154,65 @@ def _blocks_of(name: str) -> Read:
     return read
 
 
-_JSON_LINES = (
-    "regmix.data.packing.documents:line_documents",
-    "regmix.data.packing.documents:_read_long",
-    "regmix.data.packing.documents:_read_slowly",
-    "regmix.data.packing.long_texts:_json_chunks",
-    "regmix.data.packing.readers:_chunks",
+def _long_lines(files: Material) -> None:
+    """JSON lines where 64 bytes are long, so that the way of long texts is taken."""
+    from regmix.data.packing import documents, long_texts
+
+    read = _blocks_of("web-0.jsonl")
+    with (
+        mock.patch.object(documents, "LONG_BYTES", 24),
+        mock.patch.multiple(long_texts, LONG_BYTES=24, STEP_BYTES=7),
+    ):
+        read(files)
+
+
+reader("long JSON lines", "documents/web-0.jsonl", "bytes")(_long_lines)
+reader("JSON lines", "documents/web-0.jsonl", "bytes")(_blocks_of("web-0.jsonl"))
+reader("text", "documents/web-0.txt", "bytes")(_blocks_of("web-0.txt"))
+reader("gzip", "documents/web-0.jsonl.gz", "bytes")(_blocks_of("web-0.jsonl.gz"))
+reader("zstd", "documents/web-0.jsonl.zst", "bytes")(_blocks_of("web-0.jsonl.zst"))
+reader("parquet", "documents/web-0.parquet", "bytes")(_blocks_of("web-0.parquet"))
+
+
+# What a stopped run of `pack` leaves
+
+
+def _resumed(name: str) -> Read:
+    """Go on with a copy of the folder, so that the stopped run stays as it is."""
+
+    def read(files: Material) -> None:
+        from regmix.data.packing.pack import pack
+
+        folder = files.root / "packed-again"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(files.root / name, folder)
+        options: dict[str, Any] = {"engine": "tokenizers", "workers": 1, "valid_fraction": 0.3}
+        with contextlib.suppress(StorageError):  # a damaged unit is removed; run it again
+            pack([files.root / "input"], folder, tokenizer=files.tokenizer, **options)
+        pack([files.root / "input"], folder, tokenizer=files.tokenizer, **options)
+        read_whole_corpus(folder)
+
+    return read
+
+
+# The name of a unit is that of domain, side and file.
+UNIT = xxhash.xxh3_64_hexdigest(json.dumps(["code", "", "code-0.jsonl", 1]).encode())
+reader("run.json of pack", "stopped/.packing/run.json", "json")(_resumed("stopped"))
+reader("note of pack", "stopped/.packing/web.split.json", "json")(_resumed("stopped"))
+reader("unit of pack", f"halfway/.packing/{UNIT}.unit", "bytes")(_resumed("halfway"))
+
+
+@reader(
+    "half-done replacement",
+    "replaced/.replacement/manifest.json",
+    "json",
+    sign=lambda _, t: material.sign_json(t),
 )
-reader("JSON lines", _JSON_LINES, "documents/web-0.jsonl", "bytes")(_blocks_of("web-0.jsonl"))
-reader("text", (), "documents/web-0.txt", "bytes")(_blocks_of("web-0.txt"))
-reader("gzip", (), "documents/web-0.jsonl.gz", "bytes")(_blocks_of("web-0.jsonl.gz"))
-reader(
-    "zstd",
-    ("regmix.data.packing.readers:_Zstandard.__init__",),
-    "documents/web-0.jsonl.zst",
-    "bytes",
-)(_blocks_of("web-0.jsonl.zst"))
-reader(
-    "parquet",
-    (
-        "regmix.data.packing.readers:_parquet_blocks",
-        "regmix.data.packing.readers:_raw_values",
-    ),
-    "documents/web-0.parquet",
-    "bytes",
-)(_blocks_of("web-0.parquet"))
+def _replacement(files: Material) -> None:
+    from regmix.data.packing.replacement import heal
+
+    folder = files.root / "replaced-again"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(files.replaced, folder)
+    heal(folder)
+    read_whole_corpus(folder)

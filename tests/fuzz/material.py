@@ -14,6 +14,7 @@ import json
 import struct
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import model_cases
 import numpy as np
@@ -24,8 +25,11 @@ import zstandard
 from large_cases import job_of
 
 from regmix.data.foreign.token_set import ForeignSet, record_checksums
-from regmix.data.manifest import _render
+from regmix.data.manifest import _render, read_manifest, write_manifest
 from regmix.data.mixtures import Mixture, MixtureTable, write_mixture_yaml
+from regmix.data.packing import pack as packing
+from regmix.data.packing.assembly import Assembler
+from regmix.data.packing.replacement import REPLACEMENT, _elsewhere
 from regmix.data.schedules import Schedule, ScheduleTable, Segment, write_schedule_yaml
 from regmix.data.shards import ShardSet
 from regmix.files import write_json
@@ -90,6 +94,7 @@ class Material:
         self.root = root
         self.study = model_cases.make_study(root)
         self.shards = root / "shards"
+        self.tokenizer = self.shards / "tokenizer.json"
         self.report = report_cases.make_study(root / "told")
         self._study_files()
         self._stacks()
@@ -97,6 +102,7 @@ class Material:
         self._documents()
         self._exports()
         self._runs()
+        self._stopped_packing()
 
     def _study_files(self) -> None:
         study = self.study
@@ -255,6 +261,8 @@ files = ["plain.tokens"]
         self.documents = folder = self.root / "documents"
         folder.mkdir()
         lines = "".join(json.dumps({"text": text, "id": 1}) + "\n" for text in DOCUMENTS).encode()
+        # Escapes, halves of characters, a field of another name, and no JSON at all.
+        lines += b'{"text": "a\\ud83d\\ude00 \\ud800"}\n{"texts": ["' + b"b" * 80 + b'"]}\n{\n'
         (folder / "web-0.jsonl").write_bytes(lines)
         (folder / "web-0.jsonl.gz").write_bytes(gzip.compress(lines, mtime=0))
         (folder / "web-0.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(lines))
@@ -282,8 +290,40 @@ files = ["plain.tokens"]
         line = {"step": 1, "loss_nats": 3.5, "tokens_per_second": 1.0}
         lines = [json.dumps({**line, "step": step}) for step in range(1, 6)]
         (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        told = dataclasses.replace(self.job, targets=self.report.config.targets)
+        result = json.loads((self.root / "result/result.json").read_text())
+        rows = [[3.0, 3.1, 3.2], [3.1, 3.2, 3.3]]
         with Ledger(self.report.ledger_path) as ledger:
-            ledger.add_stacks([self.job])
-            ledger.finish_stack(
-                self.job, json.loads((self.root / "result/result.json").read_text())
-            )
+            ledger.add_stacks([told])
+            ledger.finish_stack(told, {**result, "losses": rows, "evaluations": [[4, rows]]})
+        lease = {"token": "t", "host": "h", "pid": 1, "boot": "b", "counter": 3}
+        write_json(self.report.path / ".lease", lease)
+        stack = {"stack": "stack", "proxies": [1, 2], "worker": "worker-0", "machine": "here"}
+        stack |= {"device": "cpu", "num_steps": 4, "step": 1, "loss_nats": 3.0}
+        table = {"token": "t", "updated": "2026-01-01T00:00:00", "tokens": 5, "total_tokens": 9}
+        write_json(
+            self.report.path / "progress.json",
+            {**table, "tokens_per_second": 1.0, "running": [stack], "expected_seconds": 4.0},
+        )
+
+    def _stopped_packing(self) -> None:
+        """Runs of `pack` that were stopped: before assembly, the manifest, the replacement."""
+        folder = self.root / "input"
+        folder.mkdir()
+        for name in ("web", "code"):
+            lines = [json.dumps({"text": f"{name} {text}"}) for text in DOCUMENTS * 3]
+            (folder / f"{name}-0.jsonl").write_text("\n".join(lines) + "\n")
+        options: dict[str, Any] = {"engine": "tokenizers", "workers": 1}
+        options |= {"tokenizer": self.tokenizer, "valid_fraction": 0.3}
+        self.stopped = self.root / "stopped"
+        stop = mock.patch.object(packing, "write_manifest", side_effect=KeyboardInterrupt)
+        with stop, contextlib.suppress(KeyboardInterrupt):
+            packing.pack([folder], self.stopped, **options)
+        self.halfway = self.root / "halfway"
+        stop = mock.patch.object(Assembler, "assemble", side_effect=KeyboardInterrupt)
+        with stop, contextlib.suppress(KeyboardInterrupt):
+            packing.pack([folder], self.halfway, **options)
+        self.replaced = self.root / "replaced"
+        packing.pack([folder], self.replaced / REPLACEMENT, **options)
+        manifest, _ = read_manifest(self.replaced / REPLACEMENT)
+        write_manifest(self.replaced, _elsewhere(manifest))

@@ -15,7 +15,6 @@ from regmix.errors import RegmixError
 
 @reader(
     "checkpoint",
-    "regmix.swarm.checkpoint:read_tensors",
     "study/stacks/stack/step-00000002.safetensors",
     "json",
     sign=lambda files, tree: material.sign_state(files.checkpoint_copy, tree),
@@ -30,7 +29,7 @@ def _checkpoint(files: Material) -> None:
     trainer.close()
 
 
-@reader("result.json", (), "result/result.json", "json")
+@reader("result.json", "result/result.json", "json")
 def _result(files: Material) -> None:
     import dataclasses
 
@@ -46,7 +45,7 @@ def _result(files: Material) -> None:
         ledger.finish_stack(job, table)
 
 
-@reader("job.json", (), "study/stacks/train-x/job.json", "json")
+@reader("job.json", "study/stacks/train-x/job.json", "json")
 def _job(files: Material) -> None:
     from regmix.large.train import _unfinished_jobs
 
@@ -54,7 +53,7 @@ def _job(files: Material) -> None:
     _unfinished_jobs(files.study, members, members, files.job.training)
 
 
-@reader("job.json of a large model", (), "large/job.json", "json")
+@reader("job.json of a large model", "large/job.json", "json")
 def _large_job(files: Material) -> None:
     from regmix.files import read_table
     from regmix.large.distributed.job import TrainJob
@@ -62,7 +61,14 @@ def _large_job(files: Material) -> None:
     TrainJob.from_table(read_table(files.root / "large" / "job.json")).identity()
 
 
-@reader("outcome.json", (), "large/outcome.json", "json")
+@reader("curve of a worker", "told/steps/1.npy", "bytes")
+def _curve_of_worker(files: Material) -> None:
+    from regmix.large.train import _read_losses
+
+    _read_losses(files.report.steps_path / "1.npy")
+
+
+@reader("outcome.json", "large/outcome.json", "json")
 def _outcome(files: Material) -> None:
     from regmix.large.distributed.rank import outcome
 
@@ -71,16 +77,7 @@ def _outcome(files: Material) -> None:
         assert isinstance(told["failed"]["what"] + told["failed"]["cure"], str)
 
 
-@reader(
-    "metrics of a run",
-    (
-        "regmix.large.distributed.metrics:_lines",
-        "regmix.large.distributed.launch:_Follower.new_lines",
-        "regmix.large.distributed.finish:_curve",
-    ),
-    "large/metrics.jsonl",
-    "bytes",
-)
+@reader("metrics of a run", "large/metrics.jsonl", "bytes")
 def _metrics(files: Material) -> None:
     from regmix.files import read_text
     from regmix.large.distributed.finish import _curve
@@ -96,17 +93,11 @@ def _metrics(files: Material) -> None:
 
 @reader(
     "sharded index",
-    "regmix.large.distributed.checkpoint_index:parse",
     "sharded/step-00000003/index.json",
     "json",
     sign=lambda _, tree: material.sign_index(tree),
 )
-@reader(
-    "sharded tensors",
-    "regmix.large.distributed.checkpoint_shard:open_shard",
-    "sharded/step-00000003/shard-00000-of-00001.safetensors",
-    "bytes",
-)
+@reader("sharded tensors", "sharded/step-00000003/shard-00000-of-00001.safetensors", "bytes")
 def _sharded(files: Material) -> None:
     import torch
 
@@ -119,10 +110,10 @@ def _sharded(files: Material) -> None:
 # Models
 
 
-@reader("config.json", (), "study/models/plain/config.json", "json")
-@reader("model.safetensors", (), "study/models/plain/model.safetensors", "bytes")
-@reader("summary.json of export", (), "study/models/plain/summary.json", "json")
-@reader("evaluation.json of export", (), "study/models/plain/evaluation.json", "json")
+@reader("config.json", "study/models/plain/config.json", "json")
+@reader("model.safetensors", "study/models/plain/model.safetensors", "bytes")
+@reader("summary.json of export", "study/models/plain/summary.json", "json")
+@reader("evaluation.json of export", "study/models/plain/evaluation.json", "json")
 def _model(files: Material) -> None:
     from regmix.data.shards import ShardSet
     from regmix.large.evaluate import load_model
@@ -140,20 +131,10 @@ def _model(files: Material) -> None:
         is_trained(files.study, member, files.job.training)
 
 
-@reader("config.json of Hugging Face", (), "export/config.json", "json")
-@reader("generation_config.json", (), "export/generation_config.json", "json")
-@reader(
-    "safetensors of Hugging Face",
-    "regmix.large.importing:_opened",
-    "export/model.safetensors",
-    "bytes",
-)
-@reader(
-    "tokenizer of Hugging Face",
-    "regmix.large.vocabulary:read_tokenizer",
-    "export/tokenizer.json",
-    "json",
-)
+@reader("config.json of Hugging Face", "export/config.json", "json")
+@reader("generation_config.json", "export/generation_config.json", "json")
+@reader("safetensors of Hugging Face", "export/model.safetensors", "bytes")
+@reader("tokenizer of Hugging Face", "export/tokenizer.json", "json")
 def _hugging_face(files: Material) -> None:
     from regmix.data.shards import ShardSet
     from regmix.large.generate import Choice, Writer
@@ -165,7 +146,7 @@ def _hugging_face(files: Material) -> None:
     list(writer.write(writer.encode(None), 2, Choice(temperature=0.0)))
 
 
-@reader("safetensors index", (), "export-parts/model.safetensors.index.json", "json")
+@reader("safetensors index", "export-parts/model.safetensors.index.json", "json")
 def _index(files: Material) -> None:
     from regmix.large.importing import load_hugging_face
 
@@ -175,12 +156,7 @@ def _index(files: Material) -> None:
 # Records and the machine
 
 
-@reader(
-    "bench records",
-    "regmix_bench.compare:read_records",
-    "records.jsonl",
-    "bytes",
-)
+@reader("bench records", "records.jsonl", "bytes")
 def _records(files: Material) -> None:
     from regmix_bench.compare import comparison, read_records, wide_table
 
@@ -190,13 +166,8 @@ def _records(files: Material) -> None:
     comparison(records, records)
 
 
-@reader(
-    "doctor",
-    ("regmix.doctor.storage:study_settings", "regmix.doctor.storage:tokenizer_words"),
-    "study/study.toml",
-    "toml",
-)
-@reader("doctor's manifest", (), "shards/manifest.json", "json")
+@reader("doctor", "study/study.toml", "toml")
+@reader("doctor's manifest", "shards/manifest.json", "json")
 def _doctor(files: Material) -> None:
     from regmix.doctor.storage import shards_folder, study_settings, tokenizer_words
 

@@ -1,8 +1,6 @@
 """Every reader of files that others may have made or changed: the table, and what a row says.
 
 - name: of the reader here, and of its test.
-- functions: where the package opens or parses the file. test_fuzz_inventory.py finds all such
-  places in the source, and fails where one is neither in this table nor exempt with a reason.
 - file: the valid file that is changed, in the folder that material.py makes.
 - form: json, toml, yaml or csv: its tree or its cells are changed, so that what comes after the
   parser is reached too; bytes: bytes alone. Bytes are changed in every form.
@@ -10,14 +8,15 @@
 - read: what a command does with the file; where it succeeds, what was read is used as there.
 
 `read` may raise a `RegmixError`, and nothing else. The rows are in corpus_readers.py,
-study_readers.py and model_readers.py.
+study_readers.py and model_readers.py. test_fuzz_inventory.py finds all places in the source where
+files are read, and fails where one is neither reached by a row nor exempt with a reason.
 """
 
 from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +30,6 @@ class Reader:
     """One row of the table; see the module's docstring."""
 
     name: str
-    functions: tuple[str, ...]
     file: str
     form: str
     read: Read
@@ -58,7 +56,6 @@ READERS: list[Reader] = []
 
 def reader(
     name: str,
-    functions: str | Iterable[str],
     file: str,
     form: str,
     *,
@@ -66,10 +63,9 @@ def reader(
     tree: Callable[[Material], Any] | None = None,
 ) -> Callable[[Read], Read]:
     """Add a row to the table; the function decorated is its `read`."""
-    places = (functions,) if isinstance(functions, str) else tuple(functions)
 
     def add(read: Read) -> Read:
-        READERS.append(Reader(name, places, file, form, read, sign, tree))
+        READERS.append(Reader(name, file, form, read, sign, tree))
         return read
 
     return add

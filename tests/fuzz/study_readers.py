@@ -13,12 +13,7 @@ from regmix.errors import RegmixError
 # Mixtures and losses
 
 
-@reader(
-    "mixture",
-    ("regmix.data.strict_yaml:read_yaml", "regmix.files:read_text"),
-    "mixture.yaml",
-    "yaml",
-)
+@reader("mixture", "mixture.yaml", "yaml")
 def _mixture(files: Material) -> None:
     from regmix.data.mixtures import read_mixture_yaml
     from regmix.large.train import resolve_recipe
@@ -31,7 +26,7 @@ def _mixture(files: Material) -> None:
     resolve_recipe(files.study, str(path))
 
 
-@reader("schedule", (), "schedule.yaml", "yaml")
+@reader("schedule", "schedule.yaml", "yaml")
 def _schedule(files: Material) -> None:
     from regmix.large.train import dealt, resolve_recipe
 
@@ -39,12 +34,7 @@ def _schedule(files: Material) -> None:
     dealt(recipe, files.study.config.proxy)
 
 
-@reader(
-    "mixtures.csv",
-    "regmix.data.mixtures:read_index_table",
-    "study/mixtures.csv",
-    "csv",
-)
+@reader("mixtures.csv", "study/mixtures.csv", "csv")
 def _mixtures_csv(files: Material) -> None:
     from regmix.data.mixtures import MixtureTable, coverage
     from regmix.decision.runs import read_runs
@@ -58,15 +48,15 @@ def _mixtures_csv(files: Material) -> None:
     read_runs(files.study.mixtures_path, files.study.losses_path, partial=True)
 
 
-@reader("losses.csv", (), "study/losses.csv", "csv")
+@reader("losses.csv", "study/losses.csv", "csv")
 def _losses(files: Material) -> None:
     from regmix.decision.runs import read_runs
 
     read_runs(files.study.mixtures_path, files.study.losses_path)
 
 
-@reader("schedules.csv", (), "study/schedules.csv", "csv")
-@reader("trajectories.csv", (), "study/trajectories.csv", "csv")
+@reader("schedules.csv", "study/schedules.csv", "csv")
+@reader("trajectories.csv", "study/trajectories.csv", "csv")
 def _schedules(files: Material) -> None:
     from regmix.data.schedules import ScheduleTable
     from regmix.decision.schedules.histories import _followed
@@ -82,7 +72,7 @@ def _schedules(files: Material) -> None:
 # A study
 
 
-@reader("study.toml", (), "study/study.toml", "toml")
+@reader("study.toml", "study/study.toml", "toml")
 def _study(files: Material) -> None:
     from regmix.config import as_table
     from regmix.study import Study
@@ -96,14 +86,14 @@ def _study(files: Material) -> None:
     study.open_shards()
 
 
-@reader("model.toml", (), "shape.toml", "toml")
+@reader("model.toml", "shape.toml", "toml")
 def _shape(files: Material) -> None:
     from regmix.cli.words import shape_from
 
     shape_from(str(files.root / "shape.toml"), 300, None).flops_per_token()
 
 
-@reader("rounds.json", ("regmix.files:read_json",), "study/rounds.json", "json")
+@reader("rounds.json", "study/rounds.json", "json")
 def _rounds(files: Material) -> None:
     from regmix.decision.active.rounds import _append_stored, read_rounds, told
 
@@ -141,18 +131,13 @@ for _name, _file, _form in (
     ("report's mixtures.csv", "mixtures.csv", "csv"),
     ("report's losses.csv", "losses.csv", "csv"),
 ):
-    reader(_name, (), f"told/{_file}", _form)(_told)
-reader("tasks.json", (), "told/models/optimum-0/tasks.json", "json")(_told)
-reader(
-    "metrics.jsonl",
-    "regmix.large.comparison:_read_curve",
-    "told/models/optimum-0/metrics.jsonl",
-    "bytes",
-)(_told)
-reader("steps.npy", "regmix.report.facts:_read_curves", "told/steps/1.npy", "bytes")(_told)
+    reader(_name, f"told/{_file}", _form)(_told)
+reader("tasks.json", "told/models/optimum-0/tasks.json", "json")(_told)
+reader("metrics.jsonl", "told/models/optimum-0/metrics.jsonl", "bytes")(_told)
+reader("steps.npy", "told/steps/1.npy", "bytes")(_told)
 
 
-@reader("optimum.json of the commands", (), "study/optimum.json", "json")
+@reader("optimum.json of the commands", "study/optimum.json", "json")
 def _optimum(files: Material) -> None:
     from regmix.cli.export import _known_epochs
     from regmix.data.mixtures import Mixture
@@ -165,25 +150,42 @@ def _optimum(files: Material) -> None:
         _known_epochs(files.study, mixture, Mixture({"code": 0.5, "web": 0.5}))
 
 
-@reader("fit.json of optimize", (), "told/surrogate/fit.json", "json")
+@reader("fit.json of optimize", "told/surrogate/fit.json", "json")
 def _fit_settings(files: Material) -> None:
     from regmix.cli.optimize import _settings_of_fit
 
     _settings_of_fit(files.report, None, None)
 
 
-@reader("ledger.sqlite", (), "told/ledger.sqlite", "bytes")
-def _ledger(files: Material) -> None:
+@reader("ledger.sqlite", "told/ledger.sqlite", "bytes")
+@reader("progress.json", "told/progress.json", "json")
+@reader("lease", "told/.lease", "json")
+def _status(files: Material) -> None:
     from click.testing import CliRunner
 
     from regmix.cli.status import command
+    from regmix.swarm.export import export
+    from regmix.swarm.ledger_reading import LedgerReader
+    from regmix.swarm.planning import all_indices
 
-    answer = CliRunner().invoke(command, [str(files.report.path)])
-    if answer.exception is not None:
-        raise answer.exception
+    for options in ([], ["--json"], ["--out", str(files.root / "rows.csv")]):
+        answer = CliRunner().invoke(command, [str(files.report.path), *options])
+        if answer.exception is not None:
+            raise answer.exception
+        assert answer.output.replace("\n", "").isprintable(), repr(answer.output)
+    losses = files.report.losses_path.read_bytes()
+    try:
+        with LedgerReader.read(files.report.ledger_path) as ledger:
+            export(files.report, ledger)
+            ledger.export_trajectories(files.root / "steps.csv", files.report.config.targets)
+            ledger.job_tables()
+            all_indices(files.report)
+            ledger.stacks()
+    finally:
+        files.report.losses_path.write_bytes(losses)
 
 
-@reader("corpus.json of the demo", (), "corpus.json", "json")
+@reader("corpus.json of the demo", "corpus.json", "json")
 def _demo(files: Material) -> None:
     from regmix.demo import DemoSize, collect_corpus
 
