@@ -81,7 +81,7 @@ def _parts(study: Study) -> dict[str, Any]:
 
 def _next(study: Study, state: SweepState, name: str | None) -> str:
     words = f" {name}" if name else ""
-    if state.is_running:
+    if state.is_running is not False:
         return f"regmix-fast status{words} --watch, or proxies{words} --cancel to stop it"
     left = state.num_proxies - state.counts["done"] - state.counts["cancelled"]
     if left > len(state.failures):

@@ -114,9 +114,11 @@ class ProgressFile:
             json.dump(self._table(), out, allow_nan=False)
 
     def remove(self) -> None:
-        """Remove the file: the sweep has ended."""
-        with contextlib.suppress(OSError):
-            self._path.unlink(missing_ok=True)
+        """Remove the file: the sweep has ended. That of a sweep which took the study over stays."""
+        found = read_progress(self._path)
+        if found is None or found.token == self._token:
+            with contextlib.suppress(OSError):
+                self._path.unlink(missing_ok=True)
 
     def _table(self) -> dict[str, Any]:
         now = datetime.now(UTC)
