@@ -345,3 +345,11 @@ def test_a_check_that_takes_long_says_so(
     line = capsys.readouterr().err
     assert "checking the shards of domain 'code'" in line
     assert "MB/s" in line
+
+
+def test_damage_in_a_copy_says_to_remove_it_and_not_to_pack(small: Path) -> None:
+    (small / "verified.json").write_text("{}")
+    path = small / "train" / "code-0.tokens"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ShardError, match="Remove .* it is a copy, and is made again"):
+        ShardSet.open(small)

@@ -21,6 +21,7 @@ from regmix.files import read_text, write_text
 
 VERSION = 1
 MANIFEST = "manifest.json"
+COPY_MARKER = "verified.json"  # beside it in a copy that a cache holds, once that was checked
 MANIFEST_FORMAT = "regmix-fast shards"
 DOMAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 LONGEST_DOMAIN_NAME = 100

@@ -22,6 +22,7 @@ import xxhash
 from regmix.data.block_checks import BlockCheck, map_lazily
 from regmix.data.blocks import OnBytes, check_ends, check_once, find_damage, load, map_tokens
 from regmix.data.manifest import (
+    COPY_MARKER,
     MANIFEST,
     MANIFEST_FORMAT,
     VERSION,
@@ -201,6 +202,8 @@ class ShardSet:
         return cls(path, *read_manifest(path))
 
     def _cure(self) -> str:
+        if (self.path / COPY_MARKER).is_file():
+            return f"Remove {self.path}: it is a copy, and is made again"
         return f"Pack the corpus again: regmix-fast pack CORPUS --out {self.path} --force"
 
     def early_damage(self) -> list[Damage]:
