@@ -17,7 +17,7 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 BUILD_NEEDS := import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['build-system']['requires'], sep='\n')
 
 .DELETE_ON_ERROR:
-.PHONY: help env demo test lint sanitize clean
+.PHONY: help env demo test lint sanitize faults clean
 
 help:
 	@echo "make demo      environment, build, and the whole pipeline on text found on this machine"
@@ -25,6 +25,7 @@ help:
 	@echo "make env       the environment with the test tools, in $(VENV)"
 	@echo "make lint      ruff and mypy"
 	@echo "make sanitize  the C++ core under the sanitizers for memory and threads (part of make test)"
+	@echo "make faults    the whole fault suite: kills, hangs, full disks, damage; half an hour"
 	@echo "make clean     remove what the build wrote, but not $(VENV)"
 
 env: $(TEST)
@@ -44,6 +45,10 @@ lint: $(TEST)
 
 sanitize: $(TEST)
 	$(BIN)/python -m pytest tests/test_native.py
+
+faults: $(TEST)
+	rm -rf build/faults
+	$(BIN)/python -m regmix_bench.faults --out build/faults --json build/faults.jsonl --table build/faults.md
 
 clean:
 	rm -rf build dist *.egg-info regmix/*.so regmix/*.pyd
