@@ -33,7 +33,7 @@ def build(kind: type[Config], values: Mapping[str, Any], *, where: str) -> Confi
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}: expected a table", cure="Write it as a table of settings")
     known = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    hints = _hints(kind)
+    hints = _hints(kind)  # type: ignore[arg-type]
     arguments: dict[str, Any] = {}
     for key, value in values.items():
         if key not in known:

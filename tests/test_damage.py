@@ -351,5 +351,5 @@ def test_damage_in_a_copy_says_to_remove_it_and_not_to_pack(small: Path) -> None
     (small / "verified.json").write_text("{}")
     path = small / "train" / "code-0.tokens"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ShardError, match="Remove .* it is a copy, and is made again"):
+    with pytest.raises(ShardError, match=r"Remove .* it is a copy, and is made again"):
         ShardSet.open(small)
