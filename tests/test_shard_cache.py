@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from regmix.data.manifest import COPY_MARKER
 from regmix.data.shards import ShardSet
 from regmix.errors import ShardError, StorageError, StudyError
 from regmix.swarm import shard_cache
 from regmix.swarm.shard_cache import (
-    MARKER,
     IncomingCorpus,
     copy_corpus,
     copy_path,
@@ -67,10 +67,10 @@ def test_a_copy_holds_the_same_bytes_and_is_another_file(source: ShardSet, cache
 
 def test_a_whole_copy_is_not_made_again(source: ShardSet, cache: Path) -> None:
     copy = copy_corpus(source, cache)
-    before = (copy / MARKER).stat()
+    before = (copy / COPY_MARKER).stat()
     shutil.rmtree(source.path)
     assert copy_corpus(source, cache) == copy
-    assert (copy / MARKER).stat().st_ino == before.st_ino
+    assert (copy / COPY_MARKER).stat().st_ino == before.st_ino
 
 
 def test_a_copy_without_its_marker_is_made_again(source: ShardSet, cache: Path) -> None:
@@ -78,6 +78,8 @@ def test_a_copy_without_its_marker_is_made_again(source: ShardSet, cache: Path) 
     flip(a_shard(copy), 5000)
     # The flipped bit is inside a block, so that only who reads it can find it, and then says so.
     assert find_copy(cache, source.checksum) == copy
+    with pytest.raises(ShardError, match=f"Remove {copy}"):
+        ShardSet.open(copy).verify()
     doubt(copy)
     assert find_copy(cache, source.checksum) is None
     assert ShardSet.open(copy_corpus(source, cache)).damage() == []

@@ -59,7 +59,7 @@ class Nodes:
         if hidden is not None:
             mount = 'mount -t tmpfs none "$0" && exec "$@"'
             command = ["unshare", "-m", "sh", "-c", mount, str(hidden), *command]
-        environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
+        environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

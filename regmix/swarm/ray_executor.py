@@ -150,7 +150,7 @@ class RayExecutor(Executor):
         threading.Thread(target=self._watch, daemon=True).start()
         started = time.monotonic()
         with self._changed:
-            while self._places or time.monotonic() - started < TICK_SECONDS:
+            while self._may_come(time.monotonic() - started):
                 waited = time.monotonic() - started
                 opening = any(place.place is None for place in self._places)
                 if self._ready and (not opening or waited > MORE_SECONDS):
@@ -165,6 +165,11 @@ class RayExecutor(Executor):
             self._is_open = True
             ready, self._ready = self._ready, []
         return ready
+
+    def _may_come(self, waited: float) -> bool:
+        """Whether a first place may still come: one is being made, or will be tried again."""
+        tried = any(0 < ends < MOST_ENDS for ends in self._ends.values())
+        return bool(self._places) or tried or waited < TICK_SECONDS
 
     def _nothing_there(self) -> StudyError:
         why = "; ".join(sorted(self._said)) or "none of its nodes has any free"

@@ -28,6 +28,7 @@ from regmix.swarm.ray_worker import GoneError, RayWorker, UnreachableError
 POLL_SECONDS = 5.0
 # An actor that cannot be reached for so long is taken to be gone.
 UNREACHABLE_SECONDS = 10.0
+_MISSING = "No module named"
 # Versions that decide bits, or whether a worker understands its orders.
 DECISIVE = ("regmix-fast", "torch")
 
@@ -207,7 +208,12 @@ class RayPlace:
 
     def _open(self) -> None:
         """Find out whether the place may take part, and bring there what it needs."""
-        facts = self.call("describe")
+        try:
+            facts = self.call("describe")
+        except GoneError as gone:
+            if _MISSING in str(gone):
+                raise _RefusedError(f"{self.node.name} is not used: {gone}") from gone
+            raise
         _refuse_other_versions(self.node, facts)
         hardware = facts["processor"]
         gpu_bytes = None
@@ -330,8 +336,8 @@ def _last_line(error: BaseException) -> str:
 def _words(error: BaseException) -> str:
     """Return the first line of an error of Ray's, which may have fifty."""
     text = str(error)
-    if "No module named" in text:
-        line = next(line for line in text.splitlines() if "No module named" in line)
+    if _MISSING in text:
+        line = [line for line in text.splitlines() if _MISSING in line][-1]
         return f"{line.strip()}: install regmix-fast there, of this version"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[0][:200] if lines else type(error).__name__

@@ -17,14 +17,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
-from regmix.data.manifest import MANIFEST, read_manifest
+from regmix.data.manifest import COPY_MARKER, MANIFEST, read_manifest
 from regmix.data.shards import ShardSet
 from regmix.display import size
 from regmix.errors import RegmixError, ShardError, StorageError, StudyError
 from regmix.files import free_bytes, storage_errors, sync_directory, write_json
 
-# In a copy, once every block of it was checked.
-MARKER = "verified.json"
 # What a file system takes besides the files, and what others should find free.
 _SPARE_BYTES = 64 << 20
 _COPY_BYTES = 8 << 20
@@ -43,7 +41,7 @@ def find_copy(cache: Path, digest: str) -> Path | None:
     are checked again by whoever reads tokens from them.
     """
     path = copy_path(cache, digest)
-    if not (path / MARKER).is_file():
+    if not (path / COPY_MARKER).is_file():
         return None
     try:
         return path if ShardSet.open(path).checksum == digest else None
@@ -54,7 +52,7 @@ def find_copy(cache: Path, digest: str) -> Path | None:
 def doubt(copy: Path) -> None:
     """Have a copy made again by the next run: damage was found in it."""
     with contextlib.suppress(OSError):
-        (copy / MARKER).unlink()
+        (copy / COPY_MARKER).unlink()
 
 
 def corpus_files(shards: ShardSet) -> dict[str, int]:
@@ -192,7 +190,7 @@ class IncomingCorpus:
         for name in self._files:
             with storage_errors(self._folder / name):
                 _sync(self._folder / name)
-        write_json(self._folder / MARKER, {"checksum": self._digest, "files": self._files})
+        write_json(self._folder / COPY_MARKER, {"checksum": self._digest, "files": self._files})
         with storage_errors(self._target):
             os.replace(self._folder, self._target)
             sync_directory(self._cache)
