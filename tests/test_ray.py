@@ -21,9 +21,11 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from fake_workers import MODULE, FakeWorkers, make_fake_workers
 from test_executors import ended, jobs_of
 
+from regmix.cli.proxies import command
 from regmix.data.shards import ShardSet
 from regmix.errors import StudyError
 from regmix.model.optim import OptimConfig
@@ -46,6 +48,7 @@ from regmix.swarm.executors import Executor
 from regmix.swarm.ray_cluster import Cluster, connect
 from regmix.swarm.ray_executor import RayExecutor
 from regmix.swarm.ray_gpus import find_ray_gpus
+from regmix.swarm.shard_cache import find_copy
 from regmix.swarm.sweep import SweepOptions, run_sweep
 
 pytest.importorskip("ray", reason="needs Ray: pip install 'regmix-fast[ray]'")
@@ -281,6 +284,22 @@ def test_a_worker_on_a_machine_that_is_taken_away_writes_a_checkpoint_first(
     assert second.step is not None
     assert told_at[0] <= second.step < 3000
     assert len(done_once(events)) == 1
+
+
+def test_the_command_trains_from_copies_of_the_corpus_on_either_engine(
+    cluster: Cluster, tiny_shards_path: Path, tmp_path: Path
+) -> None:
+    outcomes = []
+    for engine in (["local"], ["ray", "--address", cluster.address]):
+        study = new_study(tiny_shards_path, tmp_path / engine[0], 12, num=4)
+        cache = tmp_path / f"cache-{engine[0]}"
+        words = ["--engine", *engine, "--shard-cache", str(cache), "--stack-size", "2"]
+        done = CliRunner().invoke(command, [str(study.path), "--workers", "2", *words])
+        assert done.exit_code == 0, done.output
+        checksum = ShardSet.open(tiny_shards_path).checksum
+        assert find_copy(cache, checksum) is not None
+        outcomes.append(outcome(study))
+    assert outcomes[0] == outcomes[1]
 
 
 def test_work_is_given_to_gpus_that_ray_assigns_and_a_lost_one_is_retired(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -13,7 +14,10 @@ import pytest
 from regmix.data.manifest import COPY_MARKER
 from regmix.data.shards import ShardSet
 from regmix.errors import ShardError, StorageError, StudyError
+from regmix.study import Training
 from regmix.swarm import shard_cache
+from regmix.swarm.caching import CachingExecutor
+from regmix.swarm.drawing import SwarmRequest, make_study
 from regmix.swarm.shard_cache import (
     IncomingCorpus,
     copy_corpus,
@@ -23,6 +27,7 @@ from regmix.swarm.shard_cache import (
     find_copy,
     parts_of,
 )
+from regmix.swarm.sweep import SweepOptions, run_sweep
 
 
 @pytest.fixture
@@ -208,3 +213,28 @@ def test_token_files_of_other_programs_are_refused_with_the_cure(
         np.save(folder / split / "a.npy", np.arange(200, dtype=np.uint16) % 300)
     with pytest.raises(StudyError, match="leave --shard-cache out, or pack the corpus"):
         copy_corpus(ShardSet.open(folder), tmp_path / "cache")
+
+
+def test_a_copy_that_went_bad_is_made_again_by_the_next_run(
+    source: ShardSet, cache: Path, tiny_training: Training, tmp_path: Path
+) -> None:
+    study = make_study(
+        tmp_path / "study",
+        source,
+        swarm=SwarmRequest(num=2),
+        training=tiny_training,
+        objective={"animals": 1.0},
+    )
+    options = SweepOptions(
+        num_workers=1, make_executor=functools.partial(CachingExecutor, shard_cache=cache)
+    )
+    copy = copy_corpus(source, cache)
+    for path in (copy / "train").glob("*.tokens"):
+        flip(path, 5000)
+    first = run_sweep(study, options)
+    assert first.num_done == 0
+    ((_, why),) = first.failures
+    assert f"Remove {copy}" in why
+    second = run_sweep(study, options)
+    assert (second.num_done, second.failures) == (2, [])
+    assert ShardSet.open(copy).damage() == []
