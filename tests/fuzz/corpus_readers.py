@@ -161,7 +161,7 @@ def _long_lines(files: Material) -> None:
     read = _blocks_of("web-0.jsonl")
     with (
         mock.patch.object(documents, "LONG_BYTES", 24),
-        mock.patch.multiple(long_texts, LONG_BYTES=24, STEP_BYTES=7),
+        mock.patch.multiple(long_texts, LONG_BYTES=24, STEP_BYTES=16),
     ):
         read(files)
 
@@ -197,9 +197,9 @@ def _resumed(name: str) -> Read:
 
 # The name of a unit is that of domain, side and file.
 UNIT = xxhash.xxh3_64_hexdigest(json.dumps(["code", "", "code-0.jsonl", 1]).encode())
-reader("run.json of pack", "stopped/.packing/run.json", "json")(_resumed("stopped"))
-reader("note of pack", "stopped/.packing/web.split.json", "json")(_resumed("stopped"))
-reader("unit of pack", f"halfway/.packing/{UNIT}.unit", "bytes")(_resumed("halfway"))
+reader("run.json of pack", "stopped/.packing/run.json", "json", slow=True)(_resumed("stopped"))
+reader("note of pack", "stopped/.packing/web.split.json", "json", slow=True)(_resumed("stopped"))
+reader("unit of pack", f"halfway/.packing/{UNIT}.unit", "bytes", slow=True)(_resumed("halfway"))
 
 
 @reader(

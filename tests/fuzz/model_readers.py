@@ -131,10 +131,10 @@ def _model(files: Material) -> None:
         is_trained(files.study, member, files.job.training)
 
 
-@reader("config.json of Hugging Face", "export/config.json", "json")
-@reader("generation_config.json", "export/generation_config.json", "json")
-@reader("safetensors of Hugging Face", "export/model.safetensors", "bytes")
-@reader("tokenizer of Hugging Face", "export/tokenizer.json", "json")
+@reader("config.json of Hugging Face", "export/config.json", "json", slow=True)
+@reader("generation_config.json", "export/generation_config.json", "json", slow=True)
+@reader("safetensors of Hugging Face", "export/model.safetensors", "bytes", slow=True)
+@reader("tokenizer of Hugging Face", "export/tokenizer.json", "json", slow=True)
 def _hugging_face(files: Material) -> None:
     from regmix.data.shards import ShardSet
     from regmix.large.generate import Choice, Writer

@@ -122,10 +122,11 @@ def at(tree: Any, path: Path) -> Any:
 
 
 @st.composite
-def changed_tree(draw: st.DrawFn, tree: Any, most: int = 3) -> Any:
-    """A tree with one to `most` places replaced, removed, renamed, repeated, swapped or wrapped."""
+def changed_tree(draw: st.DrawFn, tree: Any) -> Any:
+    """A tree with a place or three replaced, removed, renamed, repeated, swapped or wrapped."""
     tree = copy.deepcopy(tree)
-    for _ in range(draw(st.integers(1, most))):
+    # One change mostly: the second often lies behind what the first has ended.
+    for _ in range(draw(st.sampled_from((1, 1, 1, 2, 3)))):
         places = paths(tree)
         path = places[draw(st.integers(0, len(places) - 1))]
         if not path:
@@ -192,14 +193,14 @@ _INSERTED = st.one_of(
 
 
 @st.composite
-def changed_bytes(draw: st.DrawFn, raw: bytes, most: int = 4) -> bytes:
+def changed_bytes(draw: st.DrawFn, raw: bytes) -> bytes:
     """Bytes cut, flipped, overwritten, put in, taken out, repeated or swapped, once or some times.
 
     One time in twenty they are bytes of their own.
     """
     if draw(st.integers(0, 19)) == 0:
         return draw(st.binary(max_size=60))
-    for _ in range(draw(st.integers(1, most))):
+    for _ in range(draw(st.sampled_from((1, 1, 2, 4)))):
         # The start of a file is where formats keep what they decide by.
         last = len(raw) if draw(st.booleans()) else min(len(raw), 64)
         place = draw(st.integers(0, last))
@@ -236,16 +237,17 @@ CELLS = st.sampled_from(
 
 
 @st.composite
-def changed_table(draw: st.DrawFn, text: str, most: int = 4) -> bytes:
+def changed_table(draw: st.DrawFn, text: str) -> bytes:
     """A CSV table with cells, rows and columns changed; the header counts as a row."""
     rows = [line.split(",") for line in text.splitlines()]
-    for _ in range(draw(st.integers(1, most))):
+    for _ in range(draw(st.sampled_from((1, 1, 1, 2, 4)))):
         if not rows:
             break
-        row = draw(st.sampled_from((0, 0, *range(min(len(rows), 8)))))
-        row = min(row, len(rows) - 1)
+        row = draw(st.integers(0, min(len(rows), 8) - 1))
         column = draw(st.integers(0, max(0, len(rows[row]) - 1)))
-        action = draw(st.sampled_from(("cell", "cell", "name", "remove", "row", "short", "column")))
+        action = draw(
+            st.sampled_from(("cell", "cell", "cell", "name", "remove", "row", "short", "column"))
+        )
         if action in ("cell", "name") and rows[row]:
             names = st.sampled_from(HOSTILE_NAMES).map(lambda n: n.replace("\ud800", "?"))
             prefix = draw(st.sampled_from(("", "train_", "metric/", "true/", "predicted/")))

@@ -35,6 +35,7 @@ class Reader:
     read: Read
     sign: Callable[[Material, Any], bytes] | None = None
     tree: Callable[[Material], Any] | None = None
+    slow: bool = False  # takes 50 ms rather than 2
 
     def tree_of(self, files: Material) -> Any:
         """The tree of the valid file."""
@@ -61,11 +62,12 @@ def reader(
     *,
     sign: Callable[[Material, Any], bytes] | None = None,
     tree: Callable[[Material], Any] | None = None,
+    slow: bool = False,
 ) -> Callable[[Read], Read]:
     """Add a row to the table; the function decorated is its `read`."""
 
     def add(read: Read) -> Read:
-        READERS.append(Reader(name, file, form, read, sign, tree))
+        READERS.append(Reader(name, file, form, read, sign, tree, slow))
         return read
 
     return add

@@ -131,10 +131,10 @@ for _name, _file, _form in (
     ("report's mixtures.csv", "mixtures.csv", "csv"),
     ("report's losses.csv", "losses.csv", "csv"),
 ):
-    reader(_name, f"told/{_file}", _form)(_told)
-reader("tasks.json", "told/models/optimum-0/tasks.json", "json")(_told)
-reader("metrics.jsonl", "told/models/optimum-0/metrics.jsonl", "bytes")(_told)
-reader("steps.npy", "told/steps/1.npy", "bytes")(_told)
+    reader(_name, f"told/{_file}", _form, slow=True)(_told)
+reader("tasks.json", "told/models/optimum-0/tasks.json", "json", slow=True)(_told)
+reader("metrics.jsonl", "told/models/optimum-0/metrics.jsonl", "bytes", slow=True)(_told)
+reader("steps.npy", "told/steps/1.npy", "bytes", slow=True)(_told)
 
 
 @reader("optimum.json of the commands", "study/optimum.json", "json")
@@ -157,9 +157,9 @@ def _fit_settings(files: Material) -> None:
     _settings_of_fit(files.report, None, None)
 
 
-@reader("ledger.sqlite", "told/ledger.sqlite", "bytes")
-@reader("progress.json", "told/progress.json", "json")
-@reader("lease", "told/.lease", "json")
+@reader("ledger.sqlite", "told/ledger.sqlite", "bytes", slow=True)
+@reader("progress.json", "told/progress.json", "json", slow=True)
+@reader("lease", "told/.lease", "json", slow=True)
 def _status(files: Material) -> None:
     from click.testing import CliRunner
 

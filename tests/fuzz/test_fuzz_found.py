@@ -12,7 +12,9 @@ import pytest
 from material import Material
 from readers import READERS
 from test_fuzz_readers import WRITERS, try_one
+from watching import watched
 
+from regmix.data.packing.documents import Refusal, line_documents
 from regmix.errors import RegmixError
 
 BY_NAME = {row.name: row for row in READERS}
@@ -161,3 +163,11 @@ def test_what_was_found_stays_mended(found: Found, files: Material) -> None:
                 try_one(row, files, content)
     finally:
         path.write_bytes(valid)
+
+
+def test_a_long_line_of_bytes_that_no_character_begins_with_is_malformed() -> None:
+    """A text was cut before such bytes, however far back that was: without end, in `pack`."""
+    line = b'{"text": "' + b"a" * (9 << 20) + b"\x80" * (2 << 20) + b'"}\n'
+    with watched():
+        (found,) = line_documents(line, first=False, text_field="text", max_bytes=1 << 30)
+    assert found == (1, Refusal("malformed", "not UTF-8"))

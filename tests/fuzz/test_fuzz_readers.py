@@ -87,13 +87,12 @@ def test_a_reader_answers_or_refuses(row: Reader, files: Material) -> None:
     valid = path.read_bytes()
     row.read(files)  # the valid file is read
 
-    @fuzzed
     @given(contents(row, files))
     def check(content: bytes) -> None:
         with contextlib.suppress(RegmixError):
             try_one(row, files, content)
 
     try:
-        check()
+        fuzzed(check, slow=row.slow)()
     finally:
         path.write_bytes(valid)

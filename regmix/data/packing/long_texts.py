@@ -79,8 +79,8 @@ def _whole(raw: Buffer, start: int, end: int) -> int:
     """Return the last place up to `end` that divides neither a character nor an escape."""
     if end == len(raw):
         return end
-    while raw[end] & 0xC0 == 0x80:
-        end -= 1
+    for _ in range(3):  # a character has at most three bytes after its first
+        end -= raw[end] & 0xC0 == 0x80
     head = bytes(raw[max(start, end - 6) : end])
     last = end - len(head) + head.rfind(b"\\")
     if b"\\" in head and _begins_escape(raw, start, last):
