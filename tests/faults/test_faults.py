@@ -1,18 +1,21 @@
 """Real sweeps, disturbed on purpose: nothing is lost, doubled or changed, and refusals say how.
 
-The fast part of the fault suite; `make faults` runs all of it.
+The fast part of the fault suite, several faults to a sweep; `make faults` runs all of it.
 """
 
 from __future__ import annotations
 
-import functools
+import os
 import random
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
-from regmix_bench.faults import kills
-from regmix_bench.faults.fault import Row
-from regmix_bench.faults.hooks import COORDINATOR, WORKER
+from regmix_bench.faults import hangs, ledger_faults, permissions
+from regmix_bench.faults.fault import Fault
+from regmix_bench.faults.hooks import COORDINATOR, WORKER, Rule
+from regmix_bench.faults.proof import prove
 from regmix_bench.faults.registry import every_fault
 from regmix_bench.faults.stage import Size, Stage
 
@@ -22,45 +25,73 @@ FAST = [fault for fault in every_fault() if fault.is_fast]
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
-    """A study of 6 proxies and what it gives undisturbed, for all tests of this module."""
-    return Stage(tmp_path_factory.mktemp("faults") / "stage", Size(num_steps=250))
+    """A study of 6 proxies in two stacks, and what it gives undisturbed."""
+    return Stage(tmp_path_factory.mktemp("faults") / "stage", Size(num_steps=250, workers=1))
 
 
-def check(row: Row, times: int = 1) -> None:
-    assert row.injected >= times
+@pytest.mark.parametrize("fault", FAST, ids=[fault.folder_name for fault in FAST])
+def test_a_fault_loses_doubles_and_changes_nothing(stage: Stage, fault: Fault) -> None:
+    if reason := fault.needs():
+        pytest.skip(reason)
+    row = fault.run(stage, SEED)
+    assert row.injected
     assert row.proof.is_clean, f"seed {SEED}: {row.proof}"
     assert row.proof.num_compared > 10
 
 
-@pytest.mark.parametrize("fault", FAST, ids=[fault.folder_name for fault in FAST])
-def test_a_fault_loses_doubles_and_changes_nothing(stage: Stage, fault) -> None:
-    if reason := fault.needs():
-        pytest.skip(reason)
-    check(fault.run(stage, SEED))
+def test_kills_between_steps_that_belong_together_change_nothing(stage: Stage) -> None:
+    places = (
+        (WORKER, "rename", r"step-\d+\.safetensors$"),
+        (COORDINATOR, "rename", r"steps/2\.npy$"),
+        (WORKER, "rename", r"result\.json$"),
+        (COORDINATOR, "open", r"losses\.csv"),
+    )
+    case = stage.case("kills")
+    case.disturb(*(Rule(role=role, at=at, match=match, do="kill") for role, at, match in places))
+    codes = []
+    while not codes or codes[-1] == -signal.SIGKILL:
+        codes.append(case.start().wait().code)
+    assert codes == [-signal.SIGKILL, -signal.SIGKILL, 0]
+    assert case.struck("kill") == len(places)
+    case.prove()
 
 
-def test_kills_at_random_moments_lose_double_and_change_nothing(stage: Stage) -> None:
-    draw = random.Random(SEED)
-    check(kills.coordinators_killed(stage, draw, kills=2), 2)
-    check(kills.workers_killed(stage, draw, kills=2), 2)
+def test_a_hung_worker_jumping_clocks_and_noise_change_nothing(stage: Stage) -> None:
+    case = stage.case("weather")
+    fake = '{"done": "stack-0000", "result": {}}\n'
+    case.disturb(
+        hangs.IMPATIENT,
+        Rule(role="any", at="start", do="jump", times=None),
+        Rule(role=WORKER, at="step", match="@50@", do="print", value=("no newline", 99)),
+        Rule(role=WORKER, at="step", match="@51@", do="write", value=(1, fake, 3)),
+        Rule(role=WORKER, at="step", match="stack-0001@100@", do="stop"),
+    )
+    case.ends_well(case.start())
+    assert [case.struck(do) for do in ("print", "write", "stop")] == [1, 1, 1]
+    assert case.ledger_states() == {"done": 2, "hung": 1}
 
 
-@pytest.mark.parametrize(
-    ("role", "places"),
-    [(COORDINATOR, kills.COORDINATOR_PLACES[1:3]), (WORKER, kills.WORKER_PLACES[2:5:2])],
-)
-def test_kills_between_two_steps_that_belong_together_change_nothing(
-    stage: Stage, role: str, places: tuple[tuple[str, str], ...]
-) -> None:
-    inject = functools.partial(kills.killed_at_places, role=role, places=places)
-    check(inject(stage, random.Random(SEED)), 2)
+def test_refusals_say_what_is_wrong_and_change_nothing(stage: Stage) -> None:
+    case = stage.half_done("refusals")
+    ledger, manifest = case.study / "ledger.sqlite", case.shards / "manifest.json"
+    before = case.snapshot()
+    whole = ledger.read_bytes()
+    ledger_faults.zeroed_page(ledger, random.Random(SEED))
+    case.refused(case.start(), "ledger.sqlite", "ledger.backup.sqlite")
+    ledger.write_bytes(whole)
+    manifest.chmod(permissions.CLOSED)
+    case.refused(case.start(**permissions.bound_by_permissions()), "manifest.json", "ermission")
+    manifest.chmod(0o644)
+    case.refuse_changes(before)
+    first = case.start()
+    case.in_the_middle(first, 1)
+    os.kill(first.process.pid, signal.SIGSTOP)
+    case.refused(case.start(), "in use", str(first.process.pid))
+    os.kill(first.process.pid, signal.SIGCONT)
+    case.ends_well(first)
 
 
 def test_the_proof_sees_what_is_lost_doubled_and_changed(stage: Stage, tmp_path: Path) -> None:
-    import shutil
-
-    from regmix_bench.faults.proof import prove
-
     def copy(name: str) -> Path:
         return Path(shutil.copytree(stage.whole, tmp_path / name))
 

@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from regmix_bench.faults.stage import Size, Stage
 from regmix_bench.harness import Record, append
 
 # A sweep that lasts long enough to be hit many times.
-LONG = Size(num_proxies=16, num_steps=1500, stack_size=4)
+LONG = Size(num_proxies=16, num_steps=1200, stack_size=4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +78,22 @@ def markdown(results: Iterable[Result]) -> str:
 
 
 def run(faults: Sequence[Fault], out: Path, seed: int, minutes: float | None) -> list[Result]:
-    """Run faults one after another; no new one is begun after so many minutes."""
+    """Run the faults of the short and of the long stage side by side, each one after another.
+
+    No new one is begun after so many minutes.
+    """
+    with ThreadPoolExecutor(2) as pool:
+        of_stage = [[f for f in faults if f.is_long == is_long] for is_long in (True, False)]
+        runs = [pool.submit(_run_stage, some, out, seed, minutes) for some in of_stage]
+        results = [result for done in runs for result in done.result()]
+    return sorted(results, key=lambda result: faults.index(result.fault))
+
+
+def _run_stage(
+    faults: Sequence[Fault], out: Path, seed: int, minutes: float | None
+) -> list[Result]:
     started = time.monotonic()
-    stages: dict[bool, Stage] = {}
+    stage: Stage | None = None
     results = []
     for number, fault in enumerate(faults, start=1):
         began = time.monotonic()
@@ -88,10 +102,10 @@ def run(faults: Sequence[Fault], out: Path, seed: int, minutes: float | None) ->
             skipped = skipped or f"the {minutes:.0f} minutes were over"
         if not skipped:
             try:
-                if fault.is_long not in stages:
+                if stage is None:
                     folder = out / ("long" if fault.is_long else "short")
-                    stages[fault.is_long] = Stage(folder, LONG if fault.is_long else None)
-                row = fault.run(stages[fault.is_long], seed)
+                    stage = Stage(folder, LONG if fault.is_long else None)
+                row = fault.run(stage, seed)
             except Exception:
                 problem = traceback.format_exc()
         results.append(
@@ -104,9 +118,8 @@ def run(faults: Sequence[Fault], out: Path, seed: int, minutes: float | None) ->
             )
         )
         _show(results[-1], number, len(faults), seed)
-        if row is not None:
-            shutil.rmtree(out / "short" / "cases", ignore_errors=True)
-            shutil.rmtree(out / "long" / "cases", ignore_errors=True)
+        if row is not None and stage is not None:
+            shutil.rmtree(stage.folder / "cases", ignore_errors=True)
     return results
 
 

@@ -118,5 +118,5 @@ FAULTS = (
     Fault(name="a second coordinator on another machine", inject=second_elsewhere),
     Fault(name="a coordinator killed on another machine", inject=stale_lease),
     Fault(name="a coordinator that wakes up after another took over", inject=fenced),
-    Fault(name="wall clocks that jump by days", inject=clocks_jump, is_fast=True),
+    Fault(name="wall clocks that jump by days", inject=clocks_jump),
 )

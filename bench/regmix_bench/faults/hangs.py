@@ -92,7 +92,7 @@ def _refuse_other_than(case: Case, state: str, count: int) -> None:
 
 
 FAULTS = (
-    Fault(name="SIGSTOP of a worker", inject=worker_stopped, is_fast=True),
+    Fault(name="SIGSTOP of a worker", inject=worker_stopped),
     Fault(name="training hangs, heartbeat goes on", inject=training_hangs),
     Fault(name="SIGSTOP of the coordinator, then SIGCONT", inject=coordinator_stopped),
     Fault(name="SIGSTOP of all, as a suspended machine", inject=everything_stopped),

@@ -19,8 +19,8 @@ from regmix_bench.faults.proof import Proof
 from regmix_bench.faults.stage import Case, FaultError, Run, Stage
 
 # Moments between two kills: from before the first import is done to far into a stack.
-COORDINATOR_SECONDS = (0.05, 20.0)
-WORKER_SECONDS = (2.0, 15.0)
+COORDINATOR_SECONDS = (0.05, 12.0)
+WORKER_SECONDS = (1.0, 10.0)
 # Where a process dies between two steps that must not come apart.
 COORDINATOR_PLACES = (
     ("open", r"ledger\.sqlite|logs/"),
@@ -187,7 +187,7 @@ FAULTS = (
     ),
     Fault(
         name="kill -9 of a worker, at random",
-        inject=functools.partial(workers_killed, kills=60),
+        inject=functools.partial(workers_killed, kills=55),
         is_long=True,
     ),
     *_both_places(),

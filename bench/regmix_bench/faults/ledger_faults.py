@@ -157,7 +157,6 @@ FAULTS = (
     Fault(
         name="ledger with a zeroed page",
         inject=functools.partial(damaged, damage=zeroed_page),
-        is_fast=True,
     ),
     Fault(name="ledger cut short", inject=functools.partial(damaged, damage=cut)),
     Fault(name="ledger emptied", inject=functools.partial(damaged, damage=emptied)),

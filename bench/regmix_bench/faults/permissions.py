@@ -48,18 +48,17 @@ def closed(stage: Stage, _draw: random.Random, *, part: str, mode: int, word: st
     return Row(injected=1, sees=sees, outcome=REFUSED, proof=case.ends_well())
 
 
-def _closed(part: str, mode: int, word: str, *, is_fast: bool = False) -> Fault:
+def _closed(part: str, mode: int, word: str) -> Fault:
     what = "may not be written" if mode == READ_ONLY else "may not be read"
     return Fault(
         name=f"{part} {what}",
         inject=functools.partial(closed, part=part, mode=mode, word=word),
-        is_fast=is_fast,
     )
 
 
 FAULTS = (
     _closed("study", READ_ONLY, "study"),
-    _closed("study/ledger.sqlite", CLOSED, "ledger.sqlite", is_fast=True),
+    _closed("study/ledger.sqlite", CLOSED, "ledger.sqlite"),
     _closed("study/stacks/stack-0001", READ_ONLY, "stack-0001"),
     _closed("study/steps", READ_ONLY, "steps"),
     _closed("study/logs", CLOSED, "logs"),

@@ -5,9 +5,9 @@ the package's code, so that no defect there hides a loss.
 
 Lost: a proxy that the undisturbed study has and that lacks its row in `losses.csv`, its file in
 `steps/`, or a row in the ledger that is done and has all its losses. Doubled: a proxy that counts
-twice: in `losses.csv`, in the ledger's losses, as a member of two stacks, by two attempts that both
-say done, or a row or file of a proxy that the undisturbed study does not have. Different: a file
-or a ledger's loss that is not the same bit for bit.
+twice: in `losses.csv`, in the ledger's losses, as a member of a stack after its own, by two
+attempts that both say done, or a row or file of a proxy that the undisturbed study does not have.
+Different: a file or a ledger's loss that is not the same bit for bit.
 """
 
 from __future__ import annotations
@@ -114,20 +114,20 @@ def _in_ledger(
     if not path.is_file():
         return {}, [f"the ledger has no proxy {proxy}" for proxy in sorted(proxies)], []
     with sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True) as database:
-        states = [(str(p), s) for p, s in database.execute("SELECT proxy, state FROM proxies")]
+        proxy_rows = database.execute("SELECT proxy, state, stack FROM proxies").fetchall()
         losses = database.execute("SELECT proxy, step, losses FROM evaluations").fetchall()
-        jobs = [json.loads(job) for (job,) in database.execute("SELECT job FROM stacks")]
+        jobs = [json.loads(j) for (j,) in database.execute("SELECT job FROM stacks ORDER BY rowid")]
         twice = database.execute(
             "SELECT stack, count(*) FROM attempts WHERE state = 'done' GROUP BY stack "
             "HAVING count(*) > 1"
         ).fetchall()
     database.close()
-    done = {proxy for proxy, state in states if state == "done"}
+    done = {str(proxy) for proxy, state, _ in proxy_rows if state == "done"}
     lost = [f"the ledger: proxy {proxy} is not done" for proxy in sorted(proxies - done)]
     with_losses = {str(proxy) for proxy, _, _ in losses}
     lost += [f"the ledger: proxy {proxy} has no loss" for proxy in sorted(proxies - with_losses)]
-    counts = Counter(proxy for proxy, _ in states)
-    counts += Counter({p: n - 1 for p, n in _memberships(jobs).items() if n > 1})
+    counts = Counter(str(proxy) for proxy, _, _ in proxy_rows)
+    counts += _memberships(jobs, {str(proxy): stack for proxy, _, stack in proxy_rows})
     doubled = [f"the ledger has proxy {proxy} {n} times" for proxy, n in counts.items() if n > 1]
     doubled += [f"{n} attempts at {stack} say done" for stack, n in twice]
     seen = Counter((str(proxy), int(step)) for proxy, step, _ in losses)
@@ -135,5 +135,15 @@ def _in_ledger(
     return {(str(p), int(s)): v for p, s, v in losses if str(p) not in without}, lost, doubled
 
 
-def _memberships(jobs: list[dict[str, Any]]) -> Counter[str]:
-    return Counter(member["name"] for job in jobs for member in job["members"])
+def _memberships(jobs: list[dict[str, Any]], stack_of: dict[str, str]) -> Counter[str]:
+    """Count the stacks that hold a proxy and came after the one that its row names.
+
+    The stacks before that one hold it where it failed there and was tried again.
+    """
+    order = [job["name"] for job in jobs]
+    return Counter(
+        member["name"]
+        for place, job in enumerate(jobs)
+        for member in job["members"]
+        if place > order.index(stack_of[member["name"]])
+    )

@@ -89,6 +89,6 @@ def _flip_or_cut(path: Path, draw: random.Random) -> None:
 FAULTS = (
     Fault(name="weights of one proxy become NaN", inject=not_a_number, is_fast=True),
     Fault(name="memory runs out in a worker", inject=memory_runs_out),
-    Fault(name="a worker that prints without end", inject=noise, is_fast=True),
+    Fault(name="a worker that prints without end", inject=noise),
     Fault(name="damaged checkpoints", inject=damaged_checkpoints),
 )

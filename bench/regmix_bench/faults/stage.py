@@ -157,12 +157,14 @@ class Case:
         return Run(line, self.folder / "output", env=environment, **popen)
 
     def in_the_middle(self, run: Run, checkpoints: int = 2) -> None:
-        """Wait until a run has written some checkpoints: its stacks are in training."""
+        """Wait until a run has written some more checkpoints: its stacks are in training."""
+        pattern = "stacks/*/step-*.safetensors"
+        before = set(self.study.glob(pattern))
         seen: set[Path] = set()
 
         def written() -> bool:
-            seen.update(self.study.glob("stacks/*/step-*.safetensors"))
-            return len(seen) >= checkpoints
+            seen.update(self.study.glob(pattern))
+            return len(seen - before) >= checkpoints
 
         run.until("it wrote a checkpoint", written)
 
