@@ -70,7 +70,15 @@ class Tokenizer:
         # A separator that a document spells out is text, not the end of a document.
         self._backend.add_special_tokens([self.separator])
         self._backend.encode_special_tokens = True
-        if not _knows_any_text(json.loads(text), vocabulary):
+        try:
+            knows_any = _knows_any_text(json.loads(text), vocabulary)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            # The library reads some text that is no JSON.
+            raise TokenizerError(
+                f"{where}: not a Hugging Face tokenizer ({error!r})",
+                cure="Save it again with the tokenizers library",
+            ) from error
+        if not knows_any:
             raise TokenizerError(
                 f"{where}: loses the text it has no token for (not all bytes, "
                 "no byte fallback, no unknown token)",

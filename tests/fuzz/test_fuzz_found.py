@@ -15,7 +15,8 @@ from test_fuzz_readers import WRITERS, try_one
 from watching import watched
 
 from regmix.data.packing.documents import Refusal, line_documents
-from regmix.errors import RegmixError
+from regmix.data.tokenizer import Tokenizer, train_bpe
+from regmix.errors import RegmixError, TokenizerError
 
 BY_NAME = {row.name: row for row in READERS}
 LONG_NUMBER = b"9" * 5000
@@ -171,3 +172,9 @@ def test_a_long_line_of_bytes_that_no_character_begins_with_is_malformed() -> No
     with watched():
         (found,) = line_documents(line, first=False, text_field="text", max_bytes=1 << 30)
     assert found == (1, Refusal("malformed", "not UTF-8"))
+
+
+def test_a_tokenizer_that_is_no_json_is_refused_though_the_library_reads_it() -> None:
+    text = train_bpe(["a b"], 258).text.replace('"version": "1.0"', '"ver1.0"', 1)
+    with pytest.raises(TokenizerError, match="not a Hugging Face tokenizer"):
+        Tokenizer(text, where="tokenizer.json")
