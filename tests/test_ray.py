@@ -31,7 +31,10 @@ from regmix.errors import StudyError
 from regmix.model.optim import OptimConfig
 from regmix.model.presets import ModelShape
 from regmix.study import Study, Training
-from regmix.swarm import ray_executor as ray_executor_module
+from regmix.swarm.cluster import executor as ray_executor_module
+from regmix.swarm.cluster.connection import Cluster, connect
+from regmix.swarm.cluster.executor import RayExecutor
+from regmix.swarm.cluster.gpus import find_ray_gpus
 from regmix.swarm.drawing import SwarmRequest, make_study
 from regmix.swarm.events import (
     Done,
@@ -45,9 +48,6 @@ from regmix.swarm.events import (
     Stopped,
 )
 from regmix.swarm.executors import Executor
-from regmix.swarm.ray_cluster import Cluster, connect
-from regmix.swarm.ray_executor import RayExecutor
-from regmix.swarm.ray_gpus import find_ray_gpus
 from regmix.swarm.shard_cache import find_copy
 from regmix.swarm.sweep import SweepOptions, run_sweep
 
@@ -406,9 +406,9 @@ _COORDINATOR = """
 import json, sys
 from pathlib import Path
 from regmix.swarm.jobs import StackJob
-from regmix.swarm.ray_cluster import connect
-from regmix.swarm.ray_executor import RayExecutor
-from regmix.swarm.ray_gpus import find_ray_gpus
+from regmix.swarm.cluster.connection import connect
+from regmix.swarm.cluster.executor import RayExecutor
+from regmix.swarm.cluster.gpus import find_ray_gpus
 address, table, logs = sys.argv[1:]
 executor = RayExecutor(
     connect(address), num_workers=1, threads=1, logs=Path(logs), worker_module="sleeper"

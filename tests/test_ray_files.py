@@ -15,10 +15,10 @@ import pytest
 
 from regmix.data.shards import ShardSet
 from regmix.errors import StorageError
-from regmix.swarm import ray_courier
-from regmix.swarm.ray_actor import PlaceActor
-from regmix.swarm.ray_courier import Courier, send_corpus
-from regmix.swarm.ray_scratch import Scratch
+from regmix.swarm.cluster import courier as courier_module
+from regmix.swarm.cluster.actor import PlaceActor
+from regmix.swarm.cluster.courier import Courier, send_corpus
+from regmix.swarm.cluster.scratch import Scratch
 from regmix.swarm.shard_cache import find_copy
 
 
@@ -37,7 +37,7 @@ def calls_of(actor: PlaceActor) -> Callable[..., Any]:
 
 @pytest.fixture
 def courier(actor: PlaceActor, monkeypatch: pytest.MonkeyPatch) -> Courier:
-    monkeypatch.setattr(ray_courier, "PART_BYTES", 1000)
+    monkeypatch.setattr(courier_module, "PART_BYTES", 1000)
     return Courier(calls_of(actor), threading.Semaphore(1))
 
 
@@ -137,7 +137,7 @@ def test_results_come_without_parameters(
 def test_a_file_that_goes_while_it_is_read_leaves_nothing(
     actor: PlaceActor, job: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_courier, "PART_BYTES", 1000)
+    monkeypatch.setattr(courier_module, "PART_BYTES", 1000)
     far, here = there(actor, job), Path(job["folder"])
     checkpoint(far, 10)
     call = calls_of(actor)
@@ -177,7 +177,7 @@ def test_a_folder_of_a_killed_process_is_removed_and_a_living_one_is_not(tmp_pat
     living = Scratch(tmp_path)
     code = (
         "import os, sys; from pathlib import Path\n"
-        "from regmix.swarm.ray_scratch import Scratch\n"
+        "from regmix.swarm.cluster.scratch import Scratch\n"
         "Scratch(Path(sys.argv[1])); os.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-c", code, tmp_path]).returncode == -9
@@ -195,7 +195,7 @@ def test_a_corpus_that_a_node_does_not_see_is_sent(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ray_courier, "PART_BYTES", 5000)
+    monkeypatch.setattr(courier_module, "PART_BYTES", 5000)
     cache = tmp_path / "cache"
     call, pauses = calls_of(actor), []
     path = send_corpus(tiny_shards, str(cache), call, pauses.append)
@@ -212,7 +212,7 @@ def test_a_place_that_nobody_polls_ends_itself_and_its_worker(tmp_path: Path) ->
     )
     code = (
         "import sys, time\n"
-        "from regmix.swarm.ray_actor import PlaceActor\n"
+        "from regmix.swarm.cluster.actor import PlaceActor\n"
         "actor = PlaceActor(device='cpu', threads=1, module='sleeper', scratch=sys.argv[1],"
         " contact_seconds=1.0)\n"
         "actor.make_scratch()\n"

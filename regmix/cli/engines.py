@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from regmix.swarm.ray_cluster import Cluster
+    from regmix.swarm.cluster.connection import Cluster
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -73,7 +73,7 @@ def open_engine(
     of logs. Raises `RegmixError` where options contradict each other or no cluster answers.
     """
     if engine == "ray":
-        from regmix.swarm.ray_cluster import connect
+        from regmix.swarm.cluster.connection import connect
 
         cluster = connect(address, log=logs / "ray.log")
         try:
@@ -107,8 +107,8 @@ def _of_cluster(
     gpus: int | None,
     threads: int,
 ) -> dict[str, Any]:
-    from regmix.swarm.ray_executor import RayExecutor, num_cpu_places
-    from regmix.swarm.ray_gpus import find_ray_gpus
+    from regmix.swarm.cluster.executor import RayExecutor, num_cpu_places
+    from regmix.swarm.cluster.gpus import find_ray_gpus
 
     return {
         "num_workers": num_cpu_places(cluster, workers, threads) if not gpus else workers or 1,

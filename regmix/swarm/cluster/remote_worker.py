@@ -19,8 +19,8 @@ from regmix.errors import RegmixError
 from regmix.swarm.processes import EXIT_PATIENCE_SECONDS
 
 if TYPE_CHECKING:
+    from regmix.swarm.cluster.courier import Courier
     from regmix.swarm.places import Inbox
-    from regmix.swarm.ray_courier import Courier
 
 # Messages that tell of no file: they overtake those that wait for theirs.
 _OF_NO_FILE = ("ready", "started", "progress", "beat")

@@ -28,9 +28,9 @@ from regmix.data.sampling.order import ORDER_VERSION
 from regmix.data.shards import ShardSet
 from regmix.errors import RegmixError
 from regmix.provenance import processor, versions
+from regmix.swarm.cluster.scratch import Scratch, default_base
 from regmix.swarm.places import Inbox
 from regmix.swarm.processes import WorkerProcess, WorkerSetup
-from regmix.swarm.ray_scratch import Scratch, default_base
 from regmix.swarm.shard_cache import IncomingCorpus, copy_corpus, doubt, find_copy
 
 CONTACT_SECONDS = 60.0

@@ -16,7 +16,7 @@ from typing import Any
 from regmix.data.shards import ShardSet
 from regmix.files import atomic_open
 from regmix.swarm.checkpoint import KEPT, checkpoints
-from regmix.swarm.ray_scratch import checkpoint_name
+from regmix.swarm.cluster.scratch import checkpoint_name
 from regmix.swarm.shard_cache import corpus_files, parts_of
 from regmix.swarm.worker import RESULT_FILE
 

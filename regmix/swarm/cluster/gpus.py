@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from regmix.errors import StudyError
+from regmix.swarm.cluster.actor import PlaceActor
+from regmix.swarm.cluster.connection import Cluster, Node
 from regmix.swarm.gpus import LEAST_CAPABILITY, Gpu
 from regmix.swarm.processes import WORKER_MODULE
-from regmix.swarm.ray_actor import PlaceActor
-from regmix.swarm.ray_cluster import Cluster, Node
 
 # A GPU that others use now may be free in a moment; a probe itself takes some seconds.
 ANSWER_SECONDS = 180.0

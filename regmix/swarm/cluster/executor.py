@@ -20,15 +20,15 @@ from pathlib import Path
 from regmix.data.shards import ShardSet
 from regmix.errors import StudyError
 from regmix.files import storage_errors, write_text
+from regmix.swarm.cluster.actor import CONTACT_SECONDS
+from regmix.swarm.cluster.connection import Cluster, Node
+from regmix.swarm.cluster.place import Hooks, RayPlace, RunNeeds
 from regmix.swarm.dispatch import Replace
 from regmix.swarm.events import Event
 from regmix.swarm.executors import Executor
 from regmix.swarm.jobs import StackJob
 from regmix.swarm.places import Inbox, Place, Worker
 from regmix.swarm.processes import WORKER_MODULE
-from regmix.swarm.ray_actor import CONTACT_SECONDS
-from regmix.swarm.ray_cluster import Cluster, Node
-from regmix.swarm.ray_place import Hooks, RayPlace, RunNeeds
 
 TICK_SECONDS = 1.5
 # How long the start waits for more places once there is one, and for the first.

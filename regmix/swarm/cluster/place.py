@@ -19,11 +19,11 @@ from regmix.data.sampling.order import ORDER_VERSION
 from regmix.data.shards import ShardSet
 from regmix.errors import RegmixError, StudyError
 from regmix.provenance import versions
+from regmix.swarm.cluster.actor import PlaceActor
+from regmix.swarm.cluster.connection import Cluster, Node
+from regmix.swarm.cluster.courier import Courier, send_corpus
+from regmix.swarm.cluster.remote_worker import GoneError, RayWorker, UnreachableError
 from regmix.swarm.places import Inbox, Place
-from regmix.swarm.ray_actor import PlaceActor
-from regmix.swarm.ray_cluster import Cluster, Node
-from regmix.swarm.ray_courier import Courier, send_corpus
-from regmix.swarm.ray_worker import GoneError, RayWorker, UnreachableError
 
 POLL_SECONDS = 5.0
 # An actor that cannot be reached for so long is taken to be gone.
@@ -113,7 +113,7 @@ class RayPlace:
     # Calls
 
     def call(self, method: str, *arguments: Any, patience_seconds: float | None = None) -> Any:
-        """See `ray_worker.Site.call`; `TimeoutError` after the patience."""
+        """See `remote_worker.Site.call`; `TimeoutError` after the patience."""
         from ray.exceptions import (
             ActorUnavailableError,
             GetTimeoutError,
@@ -146,7 +146,7 @@ class RayPlace:
         raise GoneError(self._why)
 
     def tell(self, method: str, *arguments: Any) -> None:
-        """See `ray_worker.Site.tell`."""
+        """See `remote_worker.Site.tell`."""
         with contextlib.suppress(Exception):
             getattr(self._actor, method).remote(*arguments)
 
