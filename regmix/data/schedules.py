@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import math
-import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,12 +115,19 @@ def read_schedule_yaml(path: Path | str) -> Schedule | None:
         share = entry.get("share") if isinstance(entry, dict) else None
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
             raise MixtureError(
-                # A few bytes of YAML can stand for gigabytes of list.
-                f"{where}: its share is {reprlib.repr(share)[:40]}",
+                f"{where}: its share is {_told(share)!r}",
                 cure="Give the share of the run's tokens: a number above 0, at most 1",
             )
         segments.append(Segment(share=float(share), mixture=mixture_of(entry, where=where)))
     return Schedule(tuple(segments))
+
+
+def _told(share: Any) -> str:
+    """Return a share in few characters: a few bytes of YAML can stand for gigabytes of list."""
+    plain = share is None or isinstance(share, str | float)
+    if plain or (isinstance(share, int) and abs(share) < 10**18):
+        return str(share)[:40]
+    return f"of type {type(share).__name__}"
 
 
 def schedule_section(schedule: Schedule) -> list[dict[str, Any]]:

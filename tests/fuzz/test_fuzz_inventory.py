@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import CodeType, FrameType
@@ -86,11 +87,13 @@ def reached_by(call: Callable[[], object]) -> set[str]:
     def note(frame: FrameType, _event: str, _argument: object) -> None:
         codes.add(frame.f_code)
 
+    threading.setprofile(note)  # of threads that the call starts
     sys.setprofile(note)
     try:
         call()
     finally:
         sys.setprofile(None)
+        threading.setprofile(None)  # type: ignore[arg-type]
     found = set()
     for code in codes:
         path = Path(code.co_filename)
