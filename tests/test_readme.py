@@ -51,6 +51,15 @@ def commands_for_gpus_name_what_is_there(cli: click.Group) -> None:
         assert f"this machine has {found} GPU" in str(refused.exception)
 
 
+def commands_for_clusters_say_what_is_missing(cli: click.Group) -> None:
+    (block,) = blocks("cluster")
+    start, command = block.splitlines()
+    assert start == "ray start --head"
+    refused = CliRunner().invoke(cli, shlex.split(command)[1:])
+    assert isinstance(refused.exception, RegmixError)
+    assert "Ray" in str(refused.exception)
+
+
 def test_every_command_of_the_readme_runs(
     tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,6 +84,7 @@ def test_every_command_of_the_readme_runs(
     assert Path("blend.txt").stat().st_size > 0
     assert (Path("optimum-hf") / "config.json").exists()
     commands_for_gpus_name_what_is_there(cli)
+    commands_for_clusters_say_what_is_missing(cli)
     names: dict[str, object] = {}
     for code in blocks("python"):
         exec(compile(code, "README.md", "exec"), names)

@@ -216,10 +216,11 @@ def _train(study: Study, options: SweepOptions, *, dry_run: bool, as_json: bool)
 
 def _words(options: SweepOptions) -> str:
     """Return where proxies are trained, in words."""
+    where = " of the Ray cluster" if options.is_remote else ""
     if not options.gpus:
-        return f"{options.workers} workers"
+        return f"{options.workers} workers{where}"
     names = sorted({gpu.name for gpu in options.gpus})
-    return f"{len(options.gpus)} x {', '.join(names)}"
+    return f"{len(options.gpus)} x {', '.join(names)}{where}"
 
 
 def _announce(study: Study, num_rounds: int, per_round: int) -> None:
