@@ -17,9 +17,9 @@ from regmix.report.estimates import Estimate, Interval
 NONE = "–"
 
 
-def nats(value: float | None, digits: int = 4) -> str:
-    """Return a loss without its unit, or a dash."""
-    if value is None or not math.isfinite(value):
+def nats(value: object, digits: int = 4) -> str:
+    """Return a loss without its unit, or a dash for what is no finite number."""
+    if not finite(value):
         return NONE
     return f"{value:.{digits}f}".replace("-", "−")
 

@@ -102,6 +102,7 @@ FOUND = [
     Found("fit.json", "'choice' is not a table", put("choice", value=[1])),
     Found("fit.json", "no list of runs", put("dropped", value=[{"reason": "none"}])),
     Found("fit.json", "'targets' is not a table", put("targets", "code", value=[1])),
+    Found("fit.json", None, put("targets", "code", "spearman", value=[1])),
     Found("optimum.json", "no name, or there twice", put("domains", 1, value=[])),
     Found("optimum.json", "no name, or there twice", put("domains", 1, value="code")),
     Found("optimum.json", "from 0 to 1", put("weights", 1, value=-0.5)),
