@@ -161,6 +161,12 @@ def _check_names(manifest: Manifest, path: Path) -> None:
         for domain in (split, *domains):
             if not DOMAIN_NAME.fullmatch(domain) or len(domain) > LONGEST_DOMAIN_NAME:
                 raise ShardError(f"{path}: {domain!r} cannot name a domain", cure=_BY_HAND)
+        for domain, stats in domains.items():
+            sums = [sum(f.tokens for f in stats.files), sum(f.documents for f in stats.files)]
+            if sums != [stats.tokens, stats.documents] or min(*sums, stats.utf8_bytes or 0) < 0:
+                raise ShardError(
+                    f"{path}: the files of '{domain}' do not hold what is said of it", cure=_BY_HAND
+                )
     files = [file.path for d in manifest.splits.values() for s in d.values() for file in s.files]
     for name in (manifest.tokenizer.file, *files):
         relative = PurePosixPath(name)

@@ -283,7 +283,9 @@ class ShardSet:
         the bytes cannot be known, which happens with token files of other programs only.
         """
         stats = self.stats(split, domain)
-        return None if stats.utf8_bytes is None else stats.utf8_bytes / stats.tokens
+        if stats.utf8_bytes is None or stats.tokens == 0:
+            return None
+        return stats.utf8_bytes / stats.tokens
 
     def arrays(self, split: str, domain: str, verify: bool = True) -> tuple[np.ndarray, ...]:
         """Return a domain's tokens: one 1-D read-only memory map a file, in order.

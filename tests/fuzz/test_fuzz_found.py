@@ -65,6 +65,7 @@ def drop(*path: Any) -> Callable[[Any], Any]:
 FOUND = [
     # Names that would start a line, or steer the terminal that the error is shown on.
     Found("manifest", r"'two\\nlines'", put("splits", "train", "web", "two\nlines", value=1)),
+    Found("manifest", "do not hold what is said", put("splits", "train", "web", "tokens", value=0)),
     Found("model.toml", r"'\\x1b\[2J'", put("\x1b[2J", value=1)),
     Found("study.toml", r"'\\u202eright'", put("proxy", "shape", "\u202eright", value=1)),
     Found("losses.csv", r"\\x9b31m", content="index,metric/\x9b31m\n1,2\n".encode()),
