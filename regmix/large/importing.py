@@ -203,7 +203,12 @@ def _weight_files(folder: Path) -> list[Path]:
 def _inside(index: Path, name: str) -> Path:
     """Return a file that an index names; it must be a plain name, so that it is in the folder."""
     # Links are fine: the hub's cache is a folder of links, made on this machine.
-    if Path(name).name != name or not name.endswith(".safetensors"):
+    longest = 255  # bytes of a file's name
+    if (
+        Path(name).name != name
+        or not name.endswith(".safetensors")
+        or len(name.encode("utf-8", "replace")) > longest
+    ):
         raise ModelError(
             f"{index}: names the file {name!r}, which is not a safetensors file of its folder",
             cure="Do not use this checkpoint: its index was made by hand",

@@ -81,6 +81,12 @@ FOUND = [
         "corpus tokenizer", "ids up to 4,294,967,295", put("model", "vocab", "zz", value=2**32 - 1)
     ),
     Found("generation_config.json", "starts with token -4886", put("bos_token_id", value=-4886)),
+    Found(
+        "safetensors index",
+        "not a safetensors file",
+        put("weight_map", "model.norm.weight", value="m" * 300 + ".safetensors"),
+    ),
+    Found("sharded index", None, drop("shards", 0, "file")),
     Found("npy", "no .npy file", content=OPEN_BRACKET),
     Found("steps.npy", "no .npy file", content=OPEN_BRACKET),
     Found("packing.json", "not a table", content=b"null"),

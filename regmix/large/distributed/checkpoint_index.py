@@ -102,11 +102,12 @@ def parse(text: str, step: int) -> Index:
                 cure="Install the newer regmix-fast that wrote it",
             )
         index = _from_table(table)
+        names = [shard["file"] for shard in table["shards"]]
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"damaged ({error!r})") from error
     if index.step != step:
         raise ValueError(f"the index of step {index.step}, not of {step}")
-    if [shard["file"] for shard in table["shards"]] != index.shard_names():
+    if names != index.shard_names():
         raise ValueError("the names of its shards are not those of a checkpoint")
     _check_cover(index)
     return index
