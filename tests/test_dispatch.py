@@ -432,3 +432,56 @@ def test_a_log_is_named_by_its_place(tmp_path: Path) -> None:
 
     executor = LocalExecutor(num_workers=2, threads=1, logs=tmp_path, gpus=["3"])
     assert [place.id for place in executor.open(queue.Queue())] == ["gpu-0", "worker-1", "worker-2"]
+
+
+@pytest.mark.parametrize("num_talkative", [1, 5])
+def test_a_hang_is_found_however_much_the_others_say(
+    tiny_training: Training, num_talkative: int
+) -> None:
+    def script(worker: ScriptedWorker, job: StackJob) -> list[Line]:
+        if job.name == "silent" and len(worker.executor.workers) <= num_talkative + 1:
+            return [(0.0, {"started": job.name, "step": 0}), (1.0, {"beat": 1})]
+        if job.name == "silent":
+            return trained(job, 5)
+        progress = {"progress": job.name, "step": 1, "loss_nats": 2.0, "tokens_per_second": 1.0}
+        talk: list[Line] = [(0.3 * n, progress) for n in range(400)]
+        return [*talk, (120.0, trained(job)[-1][1])]
+
+    jobs = [job_of(tiny_training, "silent")]
+    jobs += [job_of(tiny_training, f"talks-{n}") for n in range(num_talkative)]
+    places = [place_of(n) for n in range(num_talkative + 1)]
+    executor = ScriptedExecutor(script, places, beat_patience_seconds=10.0)
+    found: list[float] = []
+
+    def note(event: Event) -> None:
+        if isinstance(event, Requeued):
+            found.append(executor.now)
+
+    executor.run(jobs, note)
+    assert len(found) == 1
+    assert 1010.0 < found[0] < 1015.0
+
+
+def test_one_machine_short_of_memory_fails_no_stack(tiny_training: Training) -> None:
+    def script(worker: ScriptedWorker, job: StackJob) -> list[Line]:
+        if worker.place.machine == "small":
+            words = {"what": "its worker ran out of memory", "cure": "Use fewer --workers"}
+            return [(0.0, {"failed": job.name, "kind": "MemoryError", **words})]
+        return trained(job)
+
+    jobs = [job_of(tiny_training, name) for name in "abcd"]
+    events = run(ScriptedExecutor(script, [place_of(0, "small"), place_of(0, "large")]), jobs)
+    assert kinds(events, Done, Failed) == ["Done"] * 4
+
+
+def test_what_had_no_worker_yet_is_not_waited_for_at_the_end(tiny_training: Training) -> None:
+    class Poor(ScriptedExecutor):
+        def start(self, place: Place) -> Worker:
+            raise StudyError("a worker cannot be started: no memory", cure="Use fewer")
+
+    executor = Poor(lambda _, job: [], [place_of(0), place_of(1)])
+    events: list[Event] = []
+    with pytest.raises(StudyError, match="cannot be started"):
+        executor.run([job_of(tiny_training, name) for name in "ab"], events.append)
+    assert executor.now < 1001.0
+    assert events == []

@@ -42,12 +42,12 @@ if TYPE_CHECKING:
 
 STOP_PATIENCE_SECONDS = 60.0
 TICK_SECONDS = 0.5
-# This process stood still itself where a tick took so long: no worker is to blame.
+# A tick that took so long was no tick: the whole process stood still.
 _LONG_TICK_SECONDS = 5.0
 # What takes the place of a stack that ran out of GPU memory, and a remark that says so.
 Replace = Callable[[StackJob], tuple[Sequence[StackJob], str]]
 # Errors of a worker that another machine may not have.
-_OF_THE_MACHINE = ("StorageError", "ShardError")
+_OF_THE_MACHINE = ("StorageError", "ShardError", "MemoryError")
 
 
 class Dispatcher:
@@ -66,23 +66,40 @@ class Dispatcher:
         self._attempts: dict[str, Attempt] = {}
         self._slots: dict[Worker, Slot] = {}
         self._why_retired = "none was given"
-        self._ticked_at = self._able_at = executor.clock()
+        self._ticked_at = self._looked_at = self._able_at = executor.clock()
 
     def serve(self) -> None:
         """Train all jobs; returns when each of them is done or has failed."""
         for place in self._executor.open(self._inbox):
             self.scheduler.join(place)
-        self._ticked_at = self._able_at = self._executor.clock()
+        self._ticked_at = self._looked_at = self._able_at = self._executor.clock()
         self._hand_out()
         while self.scheduler.num_remaining:
-            try:
-                worker, message = self._executor.receive(self._inbox, TICK_SECONDS)
-            except queue.Empty:
+            came = self._receive()
+            if came is None:
                 self._look_after()
             else:
-                self._take_in(worker, message)
+                self._take_in(*came)
                 self._ticked_at = self._executor.clock()
             self._hand_out()
+
+    def _receive(self) -> tuple[Worker | None, dict[str, Any] | None] | None:
+        """Return what comes next; None every tick, once all that had come is taken in."""
+        # However much the others say, silence is looked for; a wait of 0 takes what is there.
+        wait = max(0.0, self._looked_at + TICK_SECONDS - self._executor.clock())
+        try:
+            came = self._executor.receive(self._inbox, wait)
+        except queue.Empty:
+            came = None
+        now = self._executor.clock()
+        if now - self._ticked_at > _LONG_TICK_SECONDS:
+            # This process stood still itself, so no worker is to blame for what it did not hear.
+            for attempt in self._attempts.values():
+                attempt.excuse(now)
+        self._ticked_at = now
+        if came is None:
+            self._looked_at = now
+        return came
 
     def _take_in(self, worker: Worker | None, message: dict[str, Any] | None) -> None:
         if worker is None:
@@ -338,13 +355,9 @@ class Dispatcher:
     def _look_after(self) -> None:
         """Find workers that hang; called where all that had come is read."""
         now = self._executor.clock()
-        late, self._ticked_at = now - self._ticked_at > _LONG_TICK_SECONDS, now
         for slot in self.scheduler.slots:
             attempt = self._attempts.get(slot.place.id)
             if attempt is None or slot.job is None:
-                continue
-            if late:
-                attempt.excuse(now)
                 continue
             why = attempt.why_hung(
                 now,
@@ -370,6 +383,10 @@ class Dispatcher:
     def stop(self) -> None:
         """Let every worker write a checkpoint; take in what is done meanwhile."""
         clock = self._executor.clock
+        for idle in self._running():
+            if idle.place.id not in self._attempts:
+                # What ended the run came before its worker was started.
+                idle.job = None
         for attempt in self._attempts.values():
             attempt.worker.send({"stop": True})
         deadline = clock() + STOP_PATIENCE_SECONDS
@@ -398,7 +415,8 @@ class Dispatcher:
         if message is not None and "done" in message:
             self._tell_start(slot, self._attempts.get(slot.place.id))
             self.scheduler.finish(slot, is_done=True)
-            with contextlib.suppress(RegmixError):
+            # Whatever keeps this from being stored, the others' checkpoints are written.
+            with contextlib.suppress(Exception):
                 self._on_event(Done(job=job, result=message["result"]))
         elif message is None or {"stopped", "preempted", "failed"} & set(message):
             self._end_stopped(slot)
@@ -406,7 +424,7 @@ class Dispatcher:
     def _end_stopped(self, slot: Slot) -> None:
         assert slot.job is not None
         job = slot.job
-        with contextlib.suppress(RegmixError):
+        with contextlib.suppress(Exception):
             self._tell_start(slot, self._attempts.get(slot.place.id))
             self._on_event(Stopped(job=job))
         slot.job = None

@@ -109,8 +109,10 @@ class Executor(ABC):
         finally:
             if previous is not None:
                 signal.signal(signal.SIGTERM, previous)
-            dispatcher.kill_all()
-            self.close()
+            try:
+                dispatcher.kill_all()
+            finally:
+                self.close()
 
 
 class LocalExecutor(Executor):
