@@ -11,6 +11,7 @@ It writes to no ledger, and it dies with its coordinator.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import logging
@@ -41,11 +42,10 @@ from regmix.swarm.engine import (
     StoppedError,
     member_parameters,
 )
-from regmix.swarm.jobs import CHECKPOINT_SECONDS, StackJob
+from regmix.swarm.jobs import CHECKPOINT_SECONDS, RESULT_FILE, StackJob
 from regmix.swarm.messages import result_problem
 from regmix.swarm.resuming import refuse_another_job
 
-RESULT_FILE = "result.json"
 BEAT_SECONDS = 2.0
 _PR_SET_PDEATHSIG = 1
 _MEMORY_RAN_OUT = {
@@ -98,7 +98,9 @@ def train_job(
     )
     table = _write_result(job, result)
     for old in checkpoints(folder):
-        old.unlink()
+        # A worker on a machine that was given up may just have done the same.
+        with contextlib.suppress(OSError):
+            old.unlink()
     return table
 
 
@@ -201,7 +203,10 @@ class _Worker:
                 traceback.print_exc()
                 last = traceback.format_exc().strip().splitlines()[-1]
                 cure = "See the trace in the study's logs/"
-                say({"failed": job.name, "what": f"stack {job.name}: {last}", "cure": cure})
+                # Another machine may reach the file that this one does not.
+                kind = "StorageError" if isinstance(error, OSError) else type(error).__name__
+                what = f"stack {job.name}: {last}"
+                say({"failed": job.name, "kind": kind, "what": what, "cure": cure})
         if self.is_preempted:
             # Also of a job that it was sent and has not begun.
             say({"preempted": None})

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from regmix.data.shards import ShardSet
+from regmix.errors import StorageError
 from regmix.files import atomic_open
 from regmix.swarm.checkpoint import KEPT, checkpoints
 from regmix.swarm.cluster.scratch import checkpoint_name
+from regmix.swarm.jobs import RESULT_FILE
 from regmix.swarm.shard_cache import corpus_files, parts_of
-from regmix.swarm.worker import RESULT_FILE
 
 PART_BYTES = 16 << 20
 _TRIES = 3
@@ -81,8 +82,15 @@ class Courier:
         there = self._call("files", name)
         wanted = [f"{member['name']}.npy" for member in job["members"]]
         for file in [*wanted, RESULT_FILE]:
-            if file in there:
-                self._fetch(f"stacks/{name}/{file}", folder / file)
+            if file in there and self._fetch(f"stacks/{name}/{file}", folder / file):
+                continue
+            # Of a stack that was trained before they may be in the study already.
+            places = (folder / file, folder.parent.parent / "steps" / file)
+            if not any(path.is_file() for path in places):
+                raise StorageError(
+                    f"{file} of stack {name} is not on its node any more",
+                    cure="Let nobody clean the --scratch folder; the stack is trained again",
+                )
 
     def fetch_log(self, name: str, target: Path) -> None:
         """Add a worker's log to the study's."""

@@ -37,8 +37,10 @@ FIRST_SECONDS = 180.0
 # How long jobs wait while no machine is there: a cluster may be starting others.
 PATIENCE_SECONDS = 600.0
 CLOSE_SECONDS = 10.0
-# After so many ends of places a node that is still there is used no more.
+# After so many ends of places in a row, each this soon after its beginning, a node that is still
+# there is used no more.
 MOST_ENDS = 3
+QUICK_SECONDS = 60.0
 # Transfers of files that the coordinator takes part in at a time.
 TRANSFERS = 4
 
@@ -219,6 +221,8 @@ class RayExecutor(Executor):
         """Ask for places where there are none yet, and note the nodes that went."""
         nodes = {node.id: node for node in self._cluster.nodes()}
         with self._changed:
+            if self._closing.is_set():
+                return
             for place in self._places:
                 if place.node.id not in nodes:
                     place.give_up("its node is gone")
@@ -297,7 +301,9 @@ class RayExecutor(Executor):
                     self._ready.remove(place.place)
                 elif place.place is not None and self._inbox is not None:
                     self._inbox.put((None, {"left": place.place.id, "why": why}))
-                self._ends[node.id] += 1
+                # Deaths in a row soon after the start are the node's; others come with the years.
+                quick = time.monotonic() - place.born < QUICK_SECONDS
+                self._ends[node.id] = self._ends[node.id] + 1 if quick else 0
                 if self._ends[node.id] >= MOST_ENDS and node.id not in self._unfit:
                     self._unfit.add(node.id)
                     self._say(f"{node.name} is used no more: {why}")

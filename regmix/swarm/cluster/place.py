@@ -92,6 +92,7 @@ class RayPlace:
         self._needs, self._hooks, self._turns = needs, hooks, turns
         self._workers: dict[int, RayWorker] = {}
         self._num_started = 0
+        self.born = time.monotonic()
         self._is_leaving = False
         self._end = threading.Event()
         self._why = "the run is over"

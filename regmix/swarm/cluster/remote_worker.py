@@ -122,6 +122,14 @@ class RayWorker:
     # The errands
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except Exception as error:
+            # A job that nobody sees to must not be waited for.
+            self._site.give_up(f"{type(error).__name__}: {error}")
+            self._ended.set()
+
+    def _serve(self) -> None:
         problem = self._start()
         passed = 0
         while True:
@@ -203,9 +211,10 @@ class RayWorker:
                 courier.fetch_checkpoint(self._job)
 
     def _fail(self, error: Exception, name: str) -> None:
-        # Where the place is gone, its reader says so; the worker has not failed.
+        # Where the place is gone, its reader says so; the worker has not failed. What could not be
+        # started or sent there is the machine's fault, whatever kind of error it was.
         if isinstance(error, RegmixError):
-            failed = {"failed": name, "kind": type(error).__name__}
+            failed = {"failed": name, "kind": "StorageError"}
             self._inbox.put((self, {**failed, "what": error.what, "cure": error.cure}))
 
     def _end(self) -> None:
