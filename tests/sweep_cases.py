@@ -17,9 +17,8 @@ from regmix.data.shards import ShardSet
 from regmix.study import Study, Training
 from regmix.swarm.drawing import SwarmRequest, make_study
 from regmix.swarm.events import Done, Event, Failed, Progress, Requeued, Started, Stopped
-from regmix.swarm.jobs import StackJob
+from regmix.swarm.jobs import RESULT_FILE, StackJob
 from regmix.swarm.sweep import SweepOptions
-from regmix.swarm.worker import RESULT_FILE
 
 ENVIRONMENT = {"versions": {"torch": "2.13.0"}}
 

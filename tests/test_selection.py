@@ -94,6 +94,39 @@ def test_a_stack_that_is_parted_goes_on_from_its_checkpoint_to_the_same_bits(
     assert list(study.stacks_path.iterdir()) == []
 
 
+def test_a_stack_that_is_trained_and_not_yet_collected_is_not_parted(study: Study) -> None:
+    def killed_after_its_result(job: StackJob) -> Any:
+        train_job(job)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(study, FakeExecutor(killed_after_its_result).options(stack_size=6))
+    for attempt in (
+        lambda: run_sweep(study, FakeExecutor().options(only=frozenset({1}))),
+        lambda: CliRunner().invoke(
+            cli,
+            ["proxies", str(study.path), "--cancel", "--only", "1"],
+            catch_exceptions=False,
+        ),
+    ):
+        with pytest.raises(StudyError, match="not yet in the ledger"):
+            attempt()
+    fake = FakeExecutor(trained)
+    assert run_sweep(study, fake.options()).num_done == 6
+    assert members(fake.given) == [[1, 2, 3, 4, 5, 6]]
+
+
+def test_no_proxy_is_taken_out_of_a_study_whose_ledger_is_lost(study: Study) -> None:
+    run_sweep(study, FakeExecutor().options())
+    study.ledger_path.unlink()
+    before = study.losses_path.read_bytes(), study.ledger_copy_path.read_bytes()
+    command = ["proxies", str(study.path), "--cancel", "--only", "1"]
+    with pytest.raises(StudyError, match="ledger is missing"):
+        CliRunner().invoke(cli, command, catch_exceptions=False)
+    assert not study.ledger_path.exists()
+    assert (study.losses_path.read_bytes(), study.ledger_copy_path.read_bytes()) == before
+
+
 def test_a_dry_run_parts_and_revives_nothing(study: Study) -> None:
     class EnoughError(Exception):
         pass
@@ -125,7 +158,8 @@ def test_failed_proxies_are_trained_again_with_their_seeds(study: Study) -> None
     assert run_sweep(study, again.options()).num_failed == 2
     assert again.given == []
     result = run_sweep(study, again.options(retry_failed=True, only=frozenset({5})))
-    assert (result.num_done, result.num_failed) == (5, 1)
+    # Of those that were asked for; the other one is still there to be trained.
+    assert (result.num_done, result.num_failed) == (5, 0)
     result = run_sweep(study, again.options(retry_failed=True))
     assert (result.num_done, result.num_failed) == (6, 0)
     assert [job.name for job in again.given] == ["stack-0002", "stack-0003"]

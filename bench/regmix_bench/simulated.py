@@ -20,9 +20,9 @@ import numpy as np
 
 from regmix.swarm.engine import REPORT_SECONDS
 from regmix.swarm.executors import Executor
-from regmix.swarm.jobs import StackJob
+from regmix.swarm.jobs import RESULT_FILE, StackJob
 from regmix.swarm.places import Inbox, Place, Worker
-from regmix.swarm.worker import BEAT_SECONDS, RESULT_FILE
+from regmix.swarm.worker import BEAT_SECONDS
 
 ENVIRONMENT = {"processor": "simulated", "versions": {"regmix-fast": "simulated"}}
 

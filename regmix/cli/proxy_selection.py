@@ -147,11 +147,14 @@ def _take_out(study: Study, only: Collection[int], go_on: str) -> int:
     from regmix.lease import is_held
     from regmix.swarm.ledger import Ledger
     from regmix.swarm.selection import cancel_proxies
+    from regmix.swarm.sweep import refuse_lost_ledger
 
     if is_held(study.lock_path, study.lease_path):
         raise StudyError(
             f"{study.path} is in use: proxies cannot be taken out of a sweep that runs",
             cure=f"Stop it with {go_on} --cancel, run this again, then go on with {go_on}",
         )
-    with study.lock(), Ledger(study.ledger_path) as ledger:
-        return cancel_proxies(study, ledger, only)
+    with study.lock():
+        refuse_lost_ledger(study)
+        with Ledger(study.ledger_path) as ledger:
+            return cancel_proxies(study, ledger, only)

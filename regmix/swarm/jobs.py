@@ -15,6 +15,8 @@ from regmix.study import Training
 
 # Between two checkpoints of a stack.
 CHECKPOINT_SECONDS = 15.0
+# In a job's folder, written last: it is trained.
+RESULT_FILE = "result.json"
 _LONGEST_NAME = 200
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from regmix.errors import StudyError
 from regmix.study import Study
 from regmix.swarm.executors import stack_jobs
-from regmix.swarm.jobs import Member, StackJob
+from regmix.swarm.jobs import RESULT_FILE, Member, StackJob
 from regmix.swarm.ledger import Ledger
 from regmix.swarm.ledger_reading import LedgerReader, ProxyRow
 from regmix.swarm.planning import SweepOptions, located, refuse_unknown
@@ -122,6 +122,11 @@ def _chosen(
         inside = tuple(member for member in job.members if int(member.name) in only)
         others = tuple(member for member in job.members if int(member.name) not in only)
         if inside and others:
+            if (Path(job.folder) / RESULT_FILE).is_file():
+                raise StudyError(
+                    f"{job.folder}: it is trained, and its losses are not yet in the ledger",
+                    cure="Run regmix-fast proxies once without --only: it takes them over",
+                )
             parts = tuple(
                 dataclasses.replace(
                     job,

@@ -45,7 +45,7 @@ from regmix.swarm.events import (
 )
 from regmix.swarm.executors import Executor, LocalExecutor
 from regmix.swarm.export import export
-from regmix.swarm.jobs import StackJob
+from regmix.swarm.jobs import RESULT_FILE, StackJob
 from regmix.swarm.ledger import Ledger
 from regmix.swarm.pace import Pace
 from regmix.swarm.planning import (
@@ -63,7 +63,6 @@ from regmix.swarm.selection import select
 from regmix.swarm.shrinking import replace_stack
 from regmix.swarm.stop_request import StopWatch
 from regmix.swarm.tally import Tally
-from regmix.swarm.worker import RESULT_FILE
 
 __all__ = [
     "LARGEST_STACK",
@@ -89,7 +88,8 @@ PROGRESS_SECONDS = 1.0
 class SweepResult:
     """What a sweep has: numbers of proxies, and what failed as (name, why).
 
-    num_failed: trained without finite losses; num_pending: their stack could not be trained.
+    num_failed: of those that were asked for, trained without finite losses; num_pending: their
+    stack could not be trained.
     remarks: what happened on the way that a person should know, as of a GPU that was lost.
     num_cancelled: taken out by the user; num_left: to be trained, but not what was asked for.
     """
@@ -191,9 +191,10 @@ class _Books:
             "copy": Pace(self.keep_copy, least_seconds=BACKUP_SECONDS),
             "progress": Pace(self._progress.write, least_seconds=PROGRESS_SECONDS),
         }
-        self._progress.write()
         try:
             with StopWatch(self.study.stop_path, token) as self._watch:
+                # From here on others can see the sweep, and ask it to stop.
+                self._progress.write()
                 yield
         except (KeyboardInterrupt, RegmixError):
             # What ended the sweep is what the user must know, not what could not be written then.
@@ -286,7 +287,7 @@ def _result(
     num_pending = sum(asked is None or index in asked for index in waiting)
     return SweepResult(
         num_done=sum(row.state == "done" for row in rows),
-        num_failed=len(failed),
+        num_failed=sum(asked is None or row.index in asked for row in failed),
         num_pending=num_pending,
         trained_now=sum(len(job.members) for job in jobs),
         failures=untrained + [(f"proxy {row.index}", row.error or "") for row in failed],
