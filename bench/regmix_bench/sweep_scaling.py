@@ -4,8 +4,8 @@
 2. `overhead`: sweeps of many proxies of 30 s each with simulated workers (simulated.py) and all the
    rest real: planning, scheduler, ledger, tables, one worker for each of 64 places. What the
    coordinator takes per proxy is measured, and what `status` takes on the largest ledger.
-3. `scaling`: the same on 1, 16 and 64 workers, with the recorded proxies' spread around 30 s. Efficiency
-   is the training's time over that of all workers; the coordinator's own time is in it.
+3. `scaling`: the same on 1, 16 and 64 workers, with the recorded proxies' spread around 30 s.
+   Efficiency is the training's time over that of all workers; the coordinator's own is in it.
 4. `growth`: wall time over number of proxies and workers: measured on this machine with one and two
    workers, and simulated with the recorded times, for the same sweeps and past them.
 
