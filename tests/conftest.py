@@ -12,7 +12,7 @@ import pytest
 
 if TYPE_CHECKING:
     from regmix.data.shards import ShardSet
-    from regmix.study import Training
+    from regmix.study import Study, Training
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -86,3 +86,17 @@ def tiny_training() -> Training:
         batch_size=4,
         num_steps=12,
     )
+
+
+@pytest.fixture
+def study(
+    tiny_shards: ShardSet,
+    tiny_training: Training,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Study:
+    """A study of 6 tiny proxies; its sweeps do not measure their speed first."""
+    from sweep_cases import new_study
+
+    monkeypatch.setattr("regmix.swarm.cost.measure_tokens_per_second", lambda *_: 1e5)
+    return new_study(tiny_shards, tiny_training, tmp_path / "study")

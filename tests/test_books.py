@@ -10,30 +10,18 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from sweep_cases import FakeExecutor, new_study, result_of
+from sweep_cases import FakeExecutor, result_of
 
 from regmix.cli import cli
-from regmix.data.shards import ShardSet
 from regmix.errors import StorageError, StudyError
 from regmix.files import read_json
-from regmix.study import Study, Training
+from regmix.study import Study
 from regmix.swarm import sweep
 from regmix.swarm.events import Failed, Requeued
 from regmix.swarm.jobs import StackJob
 from regmix.swarm.ledger import Ledger
 from regmix.swarm.pace import Pace
 from regmix.swarm.sweep import run_sweep
-
-
-@pytest.fixture
-def study(
-    tiny_shards: ShardSet,
-    tiny_training: Training,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Study:
-    monkeypatch.setattr("regmix.swarm.cost.measure_tokens_per_second", lambda *_: 1e5)
-    return new_study(tiny_shards, tiny_training, tmp_path / "study")
 
 
 def test_every_attempt_enters_the_ledger(study: Study) -> None:

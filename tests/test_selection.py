@@ -26,17 +26,6 @@ from regmix.swarm.sweep import run_sweep
 from regmix.swarm.worker import train_job
 
 
-@pytest.fixture
-def study(
-    tiny_shards: ShardSet,
-    tiny_training: Training,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Study:
-    monkeypatch.setattr("regmix.swarm.cost.measure_tokens_per_second", lambda *_: 1e5)
-    return new_study(tiny_shards, tiny_training, tmp_path / "study")
-
-
 def states(study: Study) -> dict[int, str]:
     with Ledger.read(study.ledger_path) as ledger:
         return {row.index: row.state for row in ledger.proxies()}

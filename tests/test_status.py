@@ -13,30 +13,18 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 from click.testing import CliRunner
-from sweep_cases import ENVIRONMENT, FakeExecutor, new_study, result_of
+from sweep_cases import ENVIRONMENT, FakeExecutor, result_of
 
 from regmix.cli import cli
 from regmix.cli import status as status_command
-from regmix.data.shards import ShardSet
 from regmix.errors import ConfigError, StudyError
 from regmix.lease import LEASE_SECONDS
-from regmix.study import Study, Training
+from regmix.study import Study
 from regmix.swarm.events import Failed, Requeued
 from regmix.swarm.jobs import StackJob
 from regmix.swarm.pace import Pace
 from regmix.swarm.state import read_state
 from regmix.swarm.sweep import run_sweep
-
-
-@pytest.fixture
-def study(
-    tiny_shards: ShardSet,
-    tiny_training: Training,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Study:
-    monkeypatch.setattr("regmix.swarm.cost.measure_tokens_per_second", lambda *_: 1e5)
-    return new_study(tiny_shards, tiny_training, tmp_path / "study")
 
 
 def shown(study: Study, *words: str) -> str:
