@@ -53,7 +53,8 @@ def damaged_before(stage: Stage, draw: random.Random, *, damage: Damage) -> Row:
         before = case.snapshot()
         sees = case.refused(case.start(), path.name)
         if name.startswith("train/"):
-            case.refuse_changes(before)
+            # A block is read after the ledger was opened, which leaves the writer's token there.
+            case.refuse_changes(before, without=frozenset({"ledger.sqlite"}))
         path.write_bytes(content)
         os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
     return Row(injected=len(FILES), sees=sees, outcome=REFUSED, proof=case.ends_well())

@@ -204,10 +204,15 @@ class Case:
         """Return all that the study and the corpus hold."""
         return {**snapshot(self.study), **snapshot(self.shards)}
 
-    def refuse_changes(self, before: dict[str, bytes]) -> None:
-        """Raise `FaultError` where a refusal has changed what was there; a new ledger may be."""
+    def refuse_changes(
+        self, before: dict[str, bytes], *, without: frozenset[str] = frozenset()
+    ) -> None:
+        """Raise `FaultError` where a refusal has changed what was there; a new ledger may be.
+
+        without: files that may have changed all the same.
+        """
         after = self.snapshot()
-        names = before.keys() | (after.keys() - _OF_ANY_COMMAND)
+        names = (before.keys() | (after.keys() - _OF_ANY_COMMAND)) - without
         if changed := sorted(name for name in names if before.get(name) != after.get(name)):
             raise FaultError(f"{self.folder}: the refusal has changed {', '.join(changed)}")
 
