@@ -301,6 +301,21 @@ def test_a_preempted_worker_costs_its_stack_nothing(tiny_training: Training) -> 
     assert kinds(events, Done, Failed) == ["Done"]
 
 
+def test_a_worker_that_is_told_to_end_while_it_starts_is_not_the_stacks_fault(
+    tiny_training: Training,
+) -> None:
+    def outcome(num_ended: int) -> list[str]:
+        def script(worker: ScriptedWorker, job: StackJob) -> list[Line]:
+            return [(0.1, None)] if len(worker.executor.workers) <= num_ended else trained(job)
+
+        executor = ScriptedExecutor(script, [place_of(0)])
+        executor.exit_code = -15
+        return kinds(run(executor, [job_of(tiny_training, "a")]), Done, Failed)
+
+    assert outcome(9) == ["Done"]
+    assert outcome(10) == ["Failed"]
+
+
 def test_machines_that_come_and_go_take_part(tiny_training: Training) -> None:
     jobs = [job_of(tiny_training, name) for name in "abcd"]
     executor = ScriptedExecutor(

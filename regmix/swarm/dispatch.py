@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import signal
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -291,8 +292,17 @@ class Dispatcher:
     def _bury(self, slot: Slot) -> None:
         job, attempt = slot.job, self._attempts[slot.place.id]
         code = self._dismiss(slot)
-        if job is not None:
+        if job is None:
+            return
+        if code != -signal.SIGTERM:
             self._count_death(slot, job, attempt, "died", f"exit code {code}")
+        elif self.scheduler.lose_machine(slot, attempt.first_step):
+            what = f"stack {job.name}: something ends its workers again and again (SIGTERM)"
+            self._fail(job, what, "Find out what does, then run the same command again")
+        else:
+            # It came while the worker was starting, so it could not say so itself.
+            why = "its worker was told to end (SIGTERM)"
+            self._on_event(Requeued(job=job, outcome="preempted", why=why))
 
     def _dismiss(self, slot: Slot) -> int | None:
         """Wait for the end of a worker that leaves, so that its GPU's memory is free again."""
