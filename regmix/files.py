@@ -36,6 +36,12 @@ _CURES = {
 }
 
 
+def cure_of_reason(reason: str) -> str | None:
+    """Return the cure of an error of the disk or the permissions, by its text; None for others."""
+    of_the_disk = (code for code in _CURES if code != errno.ENOENT)
+    return next((_CURES[code] for code in of_the_disk if os.strerror(code) == reason), None)
+
+
 @contextlib.contextmanager
 def storage_errors(path: Path | str) -> Iterator[None]:
     """Turn an `OSError` about `path` into a `StorageError` that says how to cure it."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -366,3 +368,21 @@ def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path: Path) -> None
         ShardWriter(tmp_path, manifest, "train", "web", 0),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("code", "cure"),
+    [
+        (errno.EACCES, "Check the permissions"),
+        (errno.EIO, "The disk reports errors"),
+        (errno.ENOENT, "Pack the corpus again"),
+    ],
+)
+def test_what_packing_would_not_cure_has_a_cure_of_its_own(
+    tiny_shards: ShardSet, code: int, cure: str
+) -> None:
+    from regmix.data.stored_file import damage_of, file_problem
+
+    file = tiny_shards.every_file()[0]
+    found = damage_of(file, file_problem(OSError(code, os.strerror(code))))
+    assert cure in found.cure

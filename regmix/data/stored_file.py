@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from regmix.errors import ShardError
+from regmix.files import cure_of_reason
 
 Identity = tuple[int, ...]
 
@@ -120,6 +121,7 @@ def damage_of(file: StoredFile, what: str, block: int | None = None) -> Damage:
         domain=file.domain,
         path=str(file.path),
         what=what,
-        cure=file.cure,
+        # Packing again cures no permission and no disk.
+        cure=cure_of_reason(what) or file.cure,
         block=block,
     )
